@@ -1,0 +1,322 @@
+"""BlockProp and backpropagation, in the same shape: `report = algo.step(inputs, targets)`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from blockprop.blocks import Blocks
+from blockprop.executors import EXECUTORS, Executor, StepReport
+from blockprop.executors.executor import check_finite
+from blockprop.forms import Form, FormName, form_named
+from blockprop.hsolvers import HSolver
+from blockprop.losses import OutputLoss
+from blockprop.penalties import PenaltyLike, per_link
+from blockprop.stage import Link, Stage
+from blockprop.wstep import OptimizerFactory, SchedulerFactory, WStep
+
+__all__ = ["Algorithm", "Backprop", "BlockProp"]
+
+Loss = Callable[[Tensor, Tensor], Tensor] | OutputLoss
+T = TypeVar("T")
+
+
+def _per_block(name: str, given: T | Sequence[T] | None, blocks: int) -> list[Any]:
+    if isinstance(given, Sequence):
+        if len(given) != blocks:
+            raise ValueError(f"{name} lists {len(given)} values for {blocks} blocks; give one, or one per block")
+        return list(given)
+    return [given] * blocks
+
+
+def _w_steps(
+    blocks: Blocks,
+    optimizer: OptimizerFactory | Sequence[OptimizerFactory],
+    scheduler: SchedulerFactory | Sequence[SchedulerFactory] | None,
+    clip: float | None,
+    accumulate: int,
+) -> list[WStep]:
+    if not isinstance(blocks, Blocks):
+        raise ValueError(f"blocks is a {type(blocks).__name__}; expected Blocks: blocks = blockprop.split(model, 4)")
+    optimizers = _per_block("optimizer", optimizer, len(blocks))
+    if not all(callable(make) for make in optimizers):
+        raise ValueError(
+            "optimizer is not a function; expected one from parameters to an optimizer, such as "
+            "lambda params: torch.optim.SGD(params, lr=0.1)"
+        )
+    schedulers = _per_block("scheduler", scheduler, len(blocks))
+    return [
+        WStep(block.parameters(), make, schedule, clip, accumulate)
+        for block, make, schedule in zip(blocks, optimizers, schedulers, strict=True)
+    ]
+
+
+def _place(blocks: Blocks, devices: Sequence[str | torch.device] | None) -> None:
+    """Move block k to device k; fewer devices than blocks hold consecutive blocks each."""
+    if devices is None:
+        return
+    if not isinstance(blocks, Blocks) or not devices or len(devices) > len(blocks):
+        raise ValueError(f"devices lists {len(devices)} devices; expected at least 1 and at most one per block")
+    for k, block in enumerate(blocks):
+        name = devices[k * len(devices) // len(blocks)]
+        try:
+            block.to(torch.device(name))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _check_batch(inputs: Tensor, targets: Tensor) -> None:
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor with one row per example")
+        if value.ndim == 0 or len(value) == 0:
+            raise ValueError(f"{name} has no rows; expected at least one example")
+    if len(inputs) != len(targets):
+        raise ValueError(f"{len(inputs)} inputs with {len(targets)} targets; expected as many of both")
+
+
+class _Trained:
+    """What the two algorithms have in common: blocks that are trained, each by a W-step of its own."""
+
+    blocks: Blocks
+    wsteps: list[WStep]
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor) -> Tensor:
+        """The network's outputs in evaluation mode, by the plain forward pass; shape [N, ...]."""
+        training = [module.training for module in self.blocks.model.modules()]
+        self.blocks.model.eval()
+        try:
+            return self.blocks(inputs)
+        finally:
+            for module, was in zip(self.blocks.model.modules(), training, strict=True):
+                module.training = was
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizers, schedulers and accumulated gradients, block by block. The weights are the model's."""
+        return {"blocks": [wstep.state_dict() for wstep in self.wsteps]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            ValueError: the state is of another number of blocks, or of blocks with other parameters.
+        """
+        if len(state["blocks"]) != len(self.wsteps):
+            raise ValueError(
+                f"the state is of {len(state['blocks'])} blocks, this network is cut into {len(self.wsteps)}; "
+                "expected the state of the same cut"
+            )
+        for wstep, saved in zip(self.wsteps, state["blocks"], strict=True):
+            wstep.load_state_dict(saved)
+
+
+class BlockProp(_Trained):
+    """Train blocks by Algorithm 1: a forward pass, a sweep of h-steps from the top, a W-step of every block.
+
+    Args:
+        blocks: what [`split`][blockprop.split.split] returned.
+        loss: a torch loss, such as `nn.CrossEntropyLoss()`; see [`OutputLoss`][blockprop.losses.OutputLoss].
+        optimizer: from a block's parameters to its optimizer; one function, or one per block.
+        form: "exact" (default), "published", "rescaled" or "proximal"; see
+            [`forms`][blockprop.forms] and the page "How to choose".
+        penalty: λ (default 1), a penalty, or a callable l(h*, output) -> [N]; one, or one per link, bottom first.
+        h_solver: solver of the h-step; one, or one per link, bottom first. Default: one gradient step with
+            2λγ_h = 1 (exact, proximal), 0.02 (published, the paper's values) or 0.1 (rescaled).
+        scheduler: from a block's optimizer to its learning-rate scheduler, stepped with every update; one
+            function, or one per block.
+        clip: largest gradient norm of a block; default None, no clipping.
+        accumulate: update on every n-th step only, with the mean of n gradients; default 1.
+        precision: `torch.bfloat16` to evaluate blocks under autocast; default None, as the model is.
+        executor: "local" (default), "threads", or an executor.
+        devices: where the blocks live, such as ["cuda:0", "cuda:1"]; one per block, or fewer, each for as many
+            consecutive blocks. Default: where they are.
+        recompute: train block by block: keep only the blocks' boundaries during the forward pass and rebuild
+            each block's activations at its turn. Peak activation memory becomes that of the largest block, for
+            about one more forward pass.
+
+    Raises:
+        ValueError: settings that do not go together; see each.
+
+    >>> from blockprop.split import split
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> algo = BlockProp(
+    ...     split(model, 2), loss=nn.CrossEntropyLoss(), optimizer=lambda params: torch.optim.SGD(params, lr=0.1)
+    ... )
+    >>> report = algo.step(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    >>> report.examples, len(report.gluing_loss)
+    (5, 1)
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        loss: Loss,
+        optimizer: OptimizerFactory | Sequence[OptimizerFactory],
+        *,
+        form: FormName | str = "exact",
+        penalty: PenaltyLike | Sequence[PenaltyLike] = 1.0,
+        h_solver: HSolver | Sequence[HSolver] | None = None,
+        scheduler: SchedulerFactory | Sequence[SchedulerFactory] | None = None,
+        clip: float | None = None,
+        accumulate: int = 1,
+        precision: torch.dtype | None = None,
+        executor: str | Executor = "local",
+        devices: Sequence[str | torch.device] | None = None,
+        recompute: bool = False,
+    ) -> None:
+        self.form = form_named(form)
+        _place(blocks, devices)
+        self.wsteps = _w_steps(blocks, optimizer, scheduler, clip, accumulate)
+        self.blocks = blocks
+        self.recompute = recompute
+        self.executor = _executor(executor)
+        self.loss = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
+        self.links = _links(self.form, penalty, h_solver, len(blocks) - 1)
+        self.stages = self._stages(precision)
+
+    def _stages(self, precision: torch.dtype | None) -> list[Stage]:
+        solvers = [link.solver for link in self.links]
+        scales = self.form.scales(solvers, [link.penalty for link in self.links])
+        repeatable = self.recompute or not self.form.at_forward or any(solver.evaluates for solver in solvers)
+        neighbours: list[Link | OutputLoss] = [*self.links, self.loss]
+        return [
+            Stage(
+                k + 1,
+                block,
+                self.wsteps[k],
+                self.form,
+                scale=scales[k],
+                below=self.links[k - 1] if k else None,
+                above=neighbours[k],
+                repeatable=repeatable,
+                precision=precision,
+            )
+            for k, block in enumerate(self.blocks)
+        ]
+
+    def step(self, inputs: Tensor, targets: Tensor) -> StepReport:
+        """One iteration of Algorithm 1 on a batch.
+
+        Args:
+            inputs: x, shape [N, ...], on any device.
+            targets: y, N rows, as the loss wants them.
+
+        Raises:
+            ValueError: an empty batch, shapes that do not fit, labels out of range, a loss that is not finite
+                (found before any weight is updated).
+        """
+        return self._run(inputs, targets, update=True)
+
+    def gradient(self, inputs: Tensor, targets: Tensor) -> StepReport:
+        """As `step`, but the gradients are left on the parameters' `.grad` and no weight is updated."""
+        return self._run(inputs, targets, update=False)
+
+    def _run(self, inputs: Tensor, targets: Tensor, *, update: bool) -> StepReport:
+        _check_batch(inputs, targets)
+        try:
+            with torch.enable_grad():
+                return self.executor.step(self.stages, inputs, targets, update=update, recompute=self.recompute)
+        except BaseException:
+            for wstep in self.wsteps:
+                wstep.forget()
+            raise
+
+    def close(self) -> None:
+        """Give back the executor's threads."""
+        self.executor.close()
+
+
+class Backprop(_Trained):
+    """Backpropagation through all blocks at once, as the baseline: same blocks, optimizers, clipping, reports.
+
+    Args:
+        blocks: as in [`BlockProp`][blockprop.algorithm.BlockProp].
+        loss: as in `BlockProp`.
+        optimizer: as in `BlockProp`, one optimizer per block.
+        scheduler: as in `BlockProp`.
+        clip: largest gradient norm of a block, as in `BlockProp`.
+        accumulate: as in `BlockProp`.
+        precision: as in `BlockProp`.
+        devices: as in `BlockProp`.
+
+    Raises:
+        ValueError: as in `BlockProp`.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        loss: Loss,
+        optimizer: OptimizerFactory | Sequence[OptimizerFactory],
+        *,
+        scheduler: SchedulerFactory | Sequence[SchedulerFactory] | None = None,
+        clip: float | None = None,
+        accumulate: int = 1,
+        precision: torch.dtype | None = None,
+        devices: Sequence[str | torch.device] | None = None,
+    ) -> None:
+        _place(blocks, devices)
+        self.wsteps = _w_steps(blocks, optimizer, scheduler, clip, accumulate)
+        self.blocks = blocks
+        self.loss = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
+        self.precision = precision
+
+    def step(self, inputs: Tensor, targets: Tensor) -> StepReport:
+        """One step of backpropagation on a batch; arguments and errors as in `BlockProp.step`."""
+        report = self.gradient(inputs, targets)
+        for wstep in self.wsteps:
+            wstep.update()
+        return report
+
+    def gradient(self, inputs: Tensor, targets: Tensor) -> StepReport:
+        """As `step`, but the gradients are left on the parameters' `.grad` and no weight is updated."""
+        _check_batch(inputs, targets)
+        h = inputs
+        with torch.enable_grad():
+            for block in self.blocks:
+                parameter = next(block.parameters(), None)
+                h = h if parameter is None else h.to(parameter.device)
+                with torch.autocast(h.device.type, self.precision, enabled=self.precision is not None):
+                    h = block(h)
+            mean, _ = self.loss(h.float() if h.dtype == torch.bfloat16 else h, targets.to(h.device))
+            loss = check_finite(mean)
+            parameters = [parameter for wstep in self.wsteps for parameter in wstep.parameters]
+            gradients = iter(torch.autograd.grad(mean, parameters, allow_unused=True))
+        for wstep in self.wsteps:
+            wstep.add([next(gradients) for _ in wstep.parameters])
+        return StepReport(loss, len(inputs))
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+Algorithm = BlockProp | Backprop
+
+
+def _executor(given: str | Executor) -> Executor:
+    if not isinstance(given, str):
+        return given
+    if given not in EXECUTORS:
+        raise ValueError(f"unknown executor {given!r}; expected one of {', '.join(EXECUTORS)}")
+    return EXECUTORS[given]()
+
+
+def _links(
+    form: Form,
+    penalty: PenaltyLike | Sequence[PenaltyLike],
+    h_solver: HSolver | Sequence[HSolver] | None,
+    links: int,
+) -> list[Link]:
+    penalties = per_link(penalty, links)
+    if isinstance(h_solver, Sequence) and len(h_solver) != links:
+        raise ValueError(f"h_solver lists {len(h_solver)} solvers for {links} links; give one, or one per link")
+    given = list(h_solver) if isinstance(h_solver, Sequence) else [h_solver] * links
+    solvers = [
+        form.solver(penalty) if solver is None else solver.on(penalty)
+        for solver, penalty in zip(given, penalties, strict=True)
+    ]
+    form.check(solvers, penalties)
+    return [Link(penalty, solver) for penalty, solver in zip(penalties, solvers, strict=True)]

@@ -1,0 +1,125 @@
+"""A block on one batch, as one fixed function of its input.
+
+A step of BlockProp may evaluate a block several times: in the forward pass, in every gradient step on its
+gluing variable, in the W-step. The differences between those evaluations *are* the learning signal, and it is
+small. A fresh dropout mask, or statistics that moved in between, would swamp it. So all evaluations of a
+block on a batch draw the same random numbers and start from the same buffers, and only the first one leaves
+its mark on the buffers (running statistics move once a batch) and on the generator.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["Evaluation"]
+
+# The generators are the process's own: two threads that replay random numbers at a time would mix them up.
+_replaying = threading.Lock()
+
+
+def _get_random_state(device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        return torch.mps.get_rng_state()
+    return torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def _replayed(device: torch.device, state: Tensor) -> Iterator[None]:
+    with _replaying:
+        present = _get_random_state(device)
+        _set_random_state(device, state)
+        try:
+            yield
+        finally:
+            _set_random_state(device, present)
+
+
+class Evaluation:
+    """Block b_k evaluated on a batch; call it to evaluate the same function again on another input.
+
+    Args:
+        block: b_k. In training mode its buffers are updated by this first evaluation, as in any forward pass.
+        inputs: h_k, shape [N, ...]; cut from the graph that made it, which is what decouples the blocks.
+        differentiable: whether the gradient with respect to h_k will be asked for.
+        keep_graph: build the autograd graph now. Without it, only `input` and `output` are kept in memory.
+        repeatable: remember random state and buffers, so that the evaluation can be repeated.
+        precision: dtype for autocast, or None for none.
+
+    Attributes:
+        input: h_k, a leaf of the graph.
+        output: b_k(h_k), attached to the graph if `keep_graph`.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        inputs: Tensor,
+        *,
+        differentiable: bool = True,
+        keep_graph: bool = True,
+        repeatable: bool = True,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self.block = block
+        self.device = inputs.device
+        self.precision = precision
+        self.repeatable = repeatable
+        self.differentiable = differentiable
+        self._buffers: dict[str, Tensor] = {}
+        self._random_state: Tensor | None = None
+        if repeatable and any(module.training for module in block.modules()):
+            self._buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+            self._random_state = _get_random_state(self.device)
+        self.input = inputs.detach().requires_grad_(differentiable)
+        with torch.set_grad_enabled(keep_graph), self._autocast():
+            self.output: Tensor = block(self.input)
+        if self._random_state is not None and torch.equal(self._random_state, _get_random_state(self.device)):
+            self._random_state = None  # nothing was drawn: repetitions need not take turns
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the examples of a batch influence each other's output: BatchNorm in training."""
+        return any(isinstance(module, _BatchNorm) and module.training for module in self.block.modules())
+
+    def _autocast(self) -> torch.autocast | nullcontext[None]:
+        if self.precision is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """b_k(inputs) with the first evaluation's dropout masks and buffers; shape as `output`.
+
+        Args:
+            inputs: any value of h_k, shape [N, ...]; taken in the dtype of the first input.
+        """
+        assert self.repeatable, "this evaluation was made with repeatable=False"
+        inputs = inputs.to(self.input.dtype)
+        replay = nullcontext() if self._random_state is None else _replayed(self.device, self._random_state)
+        # the repetition writes its running statistics into copies, which are then dropped
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        with replay, self._autocast():
+            output: Tensor = functional_call(self.block, buffers, (inputs,)) if buffers else self.block(inputs)
+        return output
+
+    def with_graph(self) -> "Evaluation":
+        """Rebuild the graph that was not kept, at the same input; the block-by-block mode's second forward."""
+        if not self.output.requires_grad:
+            with torch.enable_grad():
+                self.output = self(self.input)
+        return self

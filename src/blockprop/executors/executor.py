@@ -1,0 +1,113 @@
+"""What an executor is, and what it reports."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from blockprop.hsolvers import Solution
+from blockprop.stage import Feedback, Stage
+
+__all__ = ["Executor", "StepReport", "check_finite"]
+
+
+@dataclass(frozen=True)
+class LinkReport:
+    """How the h-step of one link went.
+
+    Attributes:
+        gluing_loss: the batch's mean of ‖h* - b(h)‖² per example, without λ: a scalar tensor.
+        steps: h-steps taken.
+        residual: see [`Solution`][blockprop.hsolvers.Solution].
+        converged: see `Solution`.
+        stable: see `Solution`.
+    """
+
+    gluing_loss: Tensor
+    steps: int
+    residual: float
+    converged: bool
+    stable: bool
+
+    @classmethod
+    def of(cls, feedback: Feedback) -> "LinkReport":
+        """The report of a feedback, which need not be kept for it."""
+        solution: Solution = feedback.solution
+        return cls(
+            feedback.gluing.squared_norm(),
+            solution.steps,
+            solution.residual,
+            solution.converged,
+            solution.stable,
+        )
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did.
+
+    Attributes:
+        loss: mean output loss of the batch, before the update.
+        examples: examples in the batch.
+        links: one report per link, bottom link first; empty for backprop.
+    """
+
+    loss: float
+    examples: int
+    links: list[LinkReport] = field(default_factory=list)
+
+    @property
+    def gluing_loss(self) -> list[float]:
+        """Mean of ‖h* - b(h)‖² per example and link, without λ, bottom link first."""
+        return [link.gluing_loss.item() for link in self.links]
+
+    @property
+    def stable(self) -> bool:
+        """Whether every h-step went down."""
+        return all(link.stable for link in self.links)
+
+
+class Executor(Protocol):
+    """Anything that can carry a batch through the stages."""
+
+    def step(
+        self,
+        stages: Sequence[Stage],
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        update: bool = True,
+        recompute: bool = False,
+    ) -> StepReport:
+        """One iteration of Algorithm 1.
+
+        Args:
+            stages: bottom block first.
+            inputs: h_1 = x, shape [N, ...].
+            targets: y, N rows.
+            update: False to leave the gradients on `.grad` and the weights as they are.
+            recompute: keep only the blocks' boundaries during the forward pass, and rebuild each block's
+                activations when its turn comes.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back threads and other means; the executor can be used again."""
+        ...
+
+
+def check_finite(loss: Tensor) -> float:
+    """The loss as a float.
+
+    Raises:
+        ValueError: it is NaN or infinite, which is said before anything is updated.
+    """
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss is {value}: training diverged, or the data hold NaN or infinity; lower the step size, clip "
+            "gradients, or check the data"
+        )
+    return value

@@ -1,0 +1,111 @@
+"""The output loss ℓ(y, b_K(h_K)): any torch loss, made independent of the batch size where it must be."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+__all__ = ["OutputLoss"]
+
+
+class OutputLoss:
+    """A torch loss as the two numbers that BlockProp needs of it: its mean, and its count of predictions.
+
+    The gluing variables belong to single examples, so the h-step must see the *sum* over predictions: under a
+    mean, every gluing gradient would shrink with the batch size and γ_h with it. The W-step minimises the
+    *mean*, as any training loop does. The sum is mean x count.
+
+    A prediction is an example; for losses over class indices (`CrossEntropyLoss`, `NLLLoss`) it is an entry
+    of `targets`, so a token in a [N, T] batch, and the count is the loss's own normaliser: ignored targets do
+    not count, and class weights weigh. Outputs [N, ..., C] with targets [N, ...] (a language model's) are
+    accepted as well as torch's [N, C, ...].
+
+    Args:
+        loss: `loss(outputs, targets)`, a module or a function, with any reduction. A function without a
+            `reduction` attribute is taken as a mean if it returns a scalar.
+        class_dim: where the classes are in the outputs of a loss over class indices, 1 or -1; the default,
+            None, reads it off the shapes, which fails only where both fit.
+
+    Raises:
+        ValueError: `loss` is not callable, or `class_dim` is none of these.
+
+    >>> loss = OutputLoss(nn.CrossEntropyLoss())
+    >>> mean, count = loss(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
+    >>> round(mean.item(), 4), count
+    (2.3026, 4.0)
+    """
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], class_dim: int | None = None) -> None:
+        if not callable(loss):
+            raise ValueError(f"loss is a {type(loss).__name__}; expected a torch loss such as nn.CrossEntropyLoss()")
+        if class_dim not in (None, 1, -1):
+            raise ValueError(f"class_dim is {class_dim}; expected 1 ([N, C, ...]) or -1 ([N, ..., C])")
+        self.loss = loss
+        self.class_dim = class_dim
+        self.reduction: str | None = getattr(loss, "reduction", None)
+        self.over_classes = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        """The mean loss and the number of predictions.
+
+        Args:
+            outputs: the network's outputs, shape [N, ...].
+            targets: what the loss wants beside them, N rows.
+
+        Returns:
+            The mean over predictions, a differentiable scalar, and their count.
+
+        Raises:
+            ValueError: shapes that do not go together, or a label out of range.
+        """
+        if len(outputs) != len(targets):
+            raise ValueError(f"outputs have {len(outputs)} rows and targets {len(targets)}; expected as many")
+        indices = self.over_classes and not targets.is_floating_point()
+        if indices:
+            outputs = _classes_second(outputs, targets, self.class_dim)
+            self._check_labels(outputs.shape[1], targets)
+        count = self._count(targets) if indices else float(len(targets))
+        try:
+            value = self.loss(outputs, targets)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the loss does not take outputs {list(outputs.shape)} with targets {list(targets.shape)} "
+                f"of {targets.dtype}: {str(error).splitlines()[0]}"
+            ) from error
+        if value.ndim > 0 or self.reduction == "sum":
+            value = value.sum() / count
+        return value, count
+
+    def _count(self, targets: Tensor) -> float:
+        valid = targets[targets != self.loss.ignore_index]  # type: ignore[attr-defined]
+        weight: Tensor | None = self.loss.weight  # type: ignore[attr-defined]
+        return float(valid.numel()) if weight is None else float(weight[valid].sum())
+
+    def _check_labels(self, classes: int, targets: Tensor) -> None:
+        valid = targets[targets != self.loss.ignore_index]  # type: ignore[attr-defined]
+        if valid.numel() == 0:
+            raise ValueError("every target of the batch is the loss's ignore_index; expected at least one real label")
+        low, high = valid.aminmax()
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"labels run from {low} to {high} but the network has {classes} outputs; "
+                f"expected labels from 0 to {classes - 1}"
+            )
+
+
+def _classes_second(outputs: Tensor, targets: Tensor, class_dim: int | None) -> Tensor:
+    """Outputs as torch's losses want them, [N, C, ...], whether they came so or as [N, ..., C]."""
+    torch_order = outputs.ndim >= 2 and outputs.shape[:1] + outputs.shape[2:] == targets.shape
+    class_last = outputs.ndim >= 2 and outputs.shape[:-1] == targets.shape
+    if torch_order and class_last and outputs.ndim > 2 and class_dim is None:
+        raise ValueError(
+            f"outputs of shape {list(outputs.shape)} may have their classes in dimension 1 or last; "
+            "say which: loss=blockprop.OutputLoss(loss, class_dim=1) or class_dim=-1"
+        )
+    if torch_order and class_dim != -1:
+        return outputs
+    if class_last and class_dim != 1:
+        return outputs.movedim(-1, 1)
+    raise ValueError(
+        f"outputs of shape {list(outputs.shape)} do not go with class labels of shape {list(targets.shape)}; "
+        "expected outputs [N, classes] with labels [N], or [N, T, classes] with [N, T]"
+    )

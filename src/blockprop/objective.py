@@ -1,0 +1,157 @@
+"""The augmented loss (Eq. 4) and what a block sees of it: L_k (Eq. 5) for its input, J_k (Eqs. 6, 7) for its weights.
+
+Both are made of the same *upper term*: the penalty of the link above the block, or the output loss if the
+block is the last. L_k adds the penalty that holds h_k to its anchor. Indices: n example, N batch size.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from blockprop.evaluation import Evaluation
+from blockprop.gluing import Gluing
+from blockprop.losses import OutputLoss
+from blockprop.penalties import Penalty
+
+__all__ = ["GluingProblem", "LossTerm", "PenaltyTerm", "UpperTerm"]
+
+
+class UpperTerm(Protocol):
+    """What stands above a block: a function of its output, as a mean over predictions and their count."""
+
+    def mean(self, output: Tensor) -> tuple[Tensor, float]:
+        """The term's mean over predictions (a differentiable scalar) and their count; the sum is the product."""
+        ...
+
+
+@dataclass(frozen=True)
+class PenaltyTerm:
+    """Σ_n λ_k ‖h*_{k+1} - b_k(h_k)‖² over the batch, for any penalty."""
+
+    penalty: Penalty
+    target: Gluing
+
+    def mean(self, output: Tensor) -> tuple[Tensor, float]:
+        """The penalties' sum divided by the number of predictions, and that number."""
+        return self.penalty(self.target, output).sum() / self.target.count, self.target.count
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """ℓ(y, b_K(h_K))."""
+
+    loss: OutputLoss
+    targets: Tensor
+
+    def mean(self, output: Tensor) -> tuple[Tensor, float]:
+        """The mean output loss and the number of predictions."""
+        return self.loss(output.float() if output.dtype == torch.bfloat16 else output, self.targets)
+
+
+class GluingProblem:
+    """L_k (Eq. 5) as a function of the displacement d = h_k - anchor; the sum over the batch's predictions.
+
+        L_k(d) = [term above block k at b_k(anchor + d)] + l_{k-1}(anchor + d, anchor)
+
+    Block k's evaluation supplies b_k as one fixed function; the anchor is its input. At d = 0 the graph of
+    the forward pass is used, so the first gradient costs a backward pass and no forward.
+
+    Args:
+        evaluation: block k on this batch.
+        upper: the term above block k.
+        penalty: l_{k-1}, the penalty of the link below.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        upper: UpperTerm,
+        penalty: Penalty,
+    ) -> None:
+        self.evaluation = evaluation
+        self.upper = upper
+        self.penalty = penalty
+        self.anchor = evaluation.input.detach()
+        self._at_anchor: tuple[Tensor, Tensor] | None = None
+
+    def zero(self) -> Tensor:
+        """The displacement of the anchor itself: zeros of shape [N, ...], float32 at least."""
+        dtype = torch.promote_types(self.anchor.dtype, torch.float32)
+        return torch.zeros_like(self.anchor, dtype=dtype)
+
+    def know_anchor(self, value: Tensor, gradient: Tensor) -> None:
+        """Take L_k and its gradient at d = 0 from a backward pass that was done for the weights as well."""
+        self._at_anchor = (value, gradient)
+
+    def gradient_at_anchor(self) -> tuple[Tensor, Tensor]:
+        """L_k and its gradient at d = 0. The penalty has its minimum there and contributes nothing."""
+        if self._at_anchor is None:
+            mean, count = self.upper.mean(self.evaluation.output)
+            (slope,) = torch.autograd.grad(mean, self.evaluation.input, retain_graph=True)
+            self._at_anchor = (mean.detach() * count, slope.to(self.zero().dtype) * count)
+        return self._at_anchor
+
+    def gradient(self, displacement: Tensor) -> tuple[Tensor, Tensor]:
+        """L_k (a scalar) and its gradient, shape [N, ...], at a displacement of shape [N, ...]."""
+        leaf = displacement.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self._value(leaf)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        return value.detach(), gradient
+
+    @torch.no_grad()
+    def value(self, displacement: Tensor) -> Tensor:
+        """L_k at a displacement of shape [N, ...]: a scalar."""
+        return self._value(displacement)
+
+    def _value(self, displacement: Tensor) -> Tensor:
+        output = self.evaluation(self.anchor + displacement)
+        mean, count = self.upper.mean(output)
+        held = self.penalty(Gluing(self.anchor, displacement, count), self.anchor).sum()
+        return mean * count + held
+
+    def curvature_product(self, displacement: Tensor | None = None) -> "CurvatureProduct":
+        """The Gauss-Newton matrix of L_k at a displacement (the anchor by default), as a product with vectors."""
+        return CurvatureProduct(self, displacement)
+
+
+class CurvatureProduct:
+    """v -> (Aᵀ H A + P) v: A the block's Jacobian, H the upper term's Hessian in the output, P the penalty's.
+
+    Matrix-free, by reverse mode twice, so that it works on any module autograd can differentiate twice.
+    Where H is positive semi-definite (squared and Huber penalties, cross-entropy, squared error), so is the
+    whole, and conjugate gradients apply. Inside the chain, with squared penalties, it is 2λ(I + AᵀA).
+    """
+
+    def __init__(self, problem: GluingProblem, displacement: Tensor | None) -> None:
+        start = problem.zero() if displacement is None else displacement.detach()
+        with torch.enable_grad():
+            self._input = (problem.anchor + start).to(problem.anchor.dtype).requires_grad_()
+            self._output = problem.evaluation(self._input)
+            self._cotangent = torch.zeros_like(self._output, requires_grad=True)
+            # Aᵀu is linear in u: its derivative in u, applied to v, is A v
+            (self._pulled,) = torch.autograd.grad(self._output, self._input, self._cotangent, create_graph=True)
+            self._leaf = self._output.detach().requires_grad_()
+            mean, count = problem.upper.mean(self._leaf)
+            (slope,) = torch.autograd.grad(mean * count, self._leaf, create_graph=True)
+            self._slope = slope
+            self._displacement = start.clone().requires_grad_()
+            held = problem.penalty(Gluing(problem.anchor, self._displacement, count), problem.anchor).sum()
+            (self._held_slope,) = torch.autograd.grad(held, self._displacement, create_graph=True)
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """(Aᵀ H A + P) v for v of shape [N, ...]; same shape."""
+        (pushed,) = torch.autograd.grad(self._pulled, self._cotangent, vector.to(self._pulled.dtype), retain_graph=True)
+        curved = _derivative(self._slope, self._leaf, pushed)
+        (pulled,) = torch.autograd.grad(self._output, self._input, curved, retain_graph=True)
+        return pulled.to(vector.dtype) + _derivative(self._held_slope, self._displacement, vector)
+
+
+def _derivative(slope: Tensor, leaf: Tensor, vector: Tensor) -> Tensor:
+    """The Hessian-vector product of a function with gradient `slope` at `leaf`; zero where it is linear."""
+    if not slope.requires_grad:
+        return torch.zeros_like(leaf)
+    (product,) = torch.autograd.grad(slope, leaf, vector, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(leaf) if product is None else product

@@ -1,0 +1,212 @@
+"""One block with all it needs to train itself: the local form of Algorithm 1.
+
+In the problem for h_k (Eq. 5), the output of the block below is a constant, the *anchor*, which arrived from
+below; h*_{k+1} is the *target*, which arrived from above. A stage needs its block and these two, and nothing
+else. One stage serves every executor, whether its neighbours are objects, threads or other hosts.
+
+        anchor h_k                          output b_k(h_k)
+    ───────────────▶  ┌───────────────┐  ───────────────▶
+                      │    stage k    │
+    ◀───────────────  └───────────────┘  ◀───────────────
+        h*_k (Gluing)                       h*_{k+1} (Gluing), or the labels if k = K
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blockprop.evaluation import Evaluation
+from blockprop.forms import Form
+from blockprop.gluing import Gluing
+from blockprop.hsolvers import HSolver, Solution
+from blockprop.losses import OutputLoss
+from blockprop.objective import GluingProblem, LossTerm, PenaltyTerm, UpperTerm
+from blockprop.penalties import Custom, Penalty
+from blockprop.wstep import WStep
+
+__all__ = ["Feedback", "Link", "Stage"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What stands between two blocks: the penalty l_k, and the solver of the h-step for its gluing variable."""
+
+    penalty: Penalty
+    solver: HSolver
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What an h-step gives.
+
+    Attributes:
+        gluing: h*_k, to be sent to the block below.
+        solution: how the h-step went.
+        term: the term above the block at the forward pass, mean over predictions: a scalar.
+    """
+
+    gluing: Gluing
+    solution: Solution
+    term: Tensor
+
+
+class Stage:
+    """Block k, its W-step, and the links to its neighbours.
+
+    Args:
+        index: k, from 1.
+        block: b_k.
+        wstep: its optimizer.
+        form: where the W-gradient is taken.
+        scale: by what the W-gradient is divided (form "rescaled"; 1 otherwise).
+        below: the link to block k-1; None for the first block.
+        above: the link to block k+1, or the output loss for the last block.
+        repeatable: whether evaluations must be repeatable (see [`Evaluation`][blockprop.evaluation.Evaluation]).
+        precision: dtype for autocast, or None.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        block: nn.Module,
+        wstep: WStep,
+        form: Form,
+        *,
+        scale: float,
+        below: Link | None,
+        above: Link | OutputLoss,
+        repeatable: bool,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self.index = index
+        self.block = block
+        self.wstep = wstep
+        self.form = form
+        self.scale = scale
+        self.below = below
+        self.above = above
+        self.repeatable = repeatable
+        self.precision = precision
+        self._checked = False
+        parameter = next(block.parameters(), None)
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+
+    def forward(self, inputs: Tensor, *, keep_graph: bool = True) -> Evaluation:
+        """Evaluate the block on a batch (Algorithm 1, line 3).
+
+        Args:
+            inputs: h_k, the output of the block below, shape [N, ...].
+            keep_graph: False to keep no activations; the graph is then rebuilt when it is needed.
+
+        Raises:
+            ValueError: the block does not take an input of this shape or type.
+        """
+        try:
+            evaluation = Evaluation(
+                self.block,
+                inputs.to(self.device, non_blocking=True),
+                differentiable=self.below is not None,
+                keep_graph=keep_graph,
+                repeatable=self.repeatable,
+                precision=self.precision,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"block {self.index} failed on an input of shape {list(inputs.shape)} and type {inputs.dtype}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        if isinstance(self.above, Link) and not evaluation.output.is_floating_point():
+            raise ValueError(
+                f"block {self.index} gives {evaluation.output.dtype}; expected a floating-point output, since a "
+                "gluing variable is moved by gradients"
+            )
+        if not self._checked and isinstance(self.above, Link) and isinstance(self.above.penalty, Custom):
+            self.above.penalty.check(evaluation.output)
+        self._checked = True
+        return evaluation
+
+    def term(self, target: Gluing | Tensor) -> UpperTerm:
+        """The term above the block: the penalty to h*_{k+1}, or the output loss to the labels."""
+        if isinstance(self.above, Link):
+            assert isinstance(target, Gluing)
+            return PenaltyTerm(self.above.penalty, target)
+        assert isinstance(target, Tensor)
+        return LossTerm(self.above, target.to(self.device))
+
+    def h_step(self, evaluation: Evaluation, target: Gluing | Tensor, *, with_gradient: bool) -> Feedback:
+        """Improve this block's gluing variable h_k: solve Eq. (5) (Algorithm 1, lines 4-6).
+
+        Args:
+            evaluation: this block on this batch.
+            target: h*_{k+1}, or the labels for the last block.
+            with_gradient: take the gradient of J_k from the same backward pass, where the form allows it; the
+                graph is then used up.
+
+        Returns:
+            h*_k for the block below.
+        """
+        assert self.below is not None, "the first block's input is the data"
+        joint = with_gradient and self.form.at_forward
+        term = self.term(target)
+        mean, count = term.mean(evaluation.with_graph().output)
+        weights = self.wstep.parameters if joint else []
+        slope, *gradients = torch.autograd.grad(
+            mean, [evaluation.input, *weights], retain_graph=not joint, allow_unused=True
+        )
+        if joint:
+            self.wstep.add(gradients, self.scale)
+        problem = GluingProblem(evaluation, term, self.below.penalty)
+        # the h-step works on the sum over predictions: mean x count
+        gradient = problem.zero() if slope is None else slope.to(problem.zero().dtype) * count
+        problem.know_anchor(mean.detach() * count, gradient)
+        solution = self.below.solver.solve(problem)
+        return Feedback(Gluing(problem.anchor, solution.displacement, count), solution, mean.detach())
+
+    def add_gradient(self, evaluation: Evaluation, target: Gluing | Tensor, feedback: Feedback | None = None) -> Tensor:
+        """The gradient of J_k (Eqs. 6, 7) on its own, onto the parameters' `.grad` (Algorithm 1, line 8).
+
+        Args:
+            evaluation: this block on this batch; its graph is used up where the gradient is taken on it.
+            target: h*_{k+1}, or the labels for the last block.
+            feedback: this block's own h-step, where the form takes the gradient at h*_k.
+
+        Returns:
+            J_k, the mean over predictions at the point where the gradient was taken: a scalar.
+        """
+        at_forward = self.form.at_forward or feedback is None
+        if at_forward:
+            output = evaluation.with_graph().output
+        else:
+            assert feedback is not None
+            with torch.enable_grad():
+                output = evaluation(feedback.gluing.value)
+        mean, _ = self.term(target).mean(output)
+        if self.wstep.parameters:
+            gradients = torch.autograd.grad(mean, self.wstep.parameters, allow_unused=True)
+            self.wstep.add(gradients, self.scale)
+        return mean.detach()
+
+    def train(self, evaluation: Evaluation, target: Gluing | Tensor) -> tuple[Tensor, Feedback | None]:
+        """The h-step and the gradient of J_k, in as few passes as the form allows.
+
+        Args:
+            evaluation: this block on this batch; its graph is used up.
+            target: h*_{k+1}, or the labels for the last block.
+
+        Returns:
+            The term above the block, mean over predictions; and the feedback for the block below (None for
+            the first block).
+        """
+        if self.below is None:
+            return self.add_gradient(evaluation, target), None
+        feedback = self.h_step(evaluation, target, with_gradient=True)
+        if not self.form.at_forward:
+            self.add_gradient(evaluation, target, feedback)
+        return feedback.term, feedback
+
+    def update(self) -> None:
+        """The optimizer's step on the gradient taken before."""
+        self.wstep.update()

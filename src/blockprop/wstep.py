@@ -1,0 +1,112 @@
+"""The W-step of one block: gradients in, one optimizer step out (Algorithm 1, line 8)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["OptimizerFactory", "SchedulerFactory", "WStep"]
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], Any]
+
+
+class WStep:
+    """A block's parameters, its optimizer, and what stands between its gradients and the optimizer.
+
+    Args:
+        parameters: the block's trainable parameters; may be empty, then every call is a no-op.
+        optimizer: makes the optimizer from the parameters.
+        scheduler: makes a learning-rate scheduler from the optimizer; it is stepped after every update.
+        clip: largest gradient norm of the block, or None for no clipping. Per block, since a block knows no other.
+        accumulate: update on every n-th call only, with the mean of the n gradients; default 1.
+
+    Raises:
+        ValueError: `clip` or `accumulate` out of range, or `optimizer` does not make a torch optimizer.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
+        clip: float | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        if clip is not None and not 0 < clip < float("inf"):
+            raise ValueError(f"clip is {clip}; expected a positive finite gradient norm, or None")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate is {accumulate}; expected a whole number of at least 1")
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.optimizer = optimizer(self.parameters) if self.parameters else None
+        if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
+            raise ValueError(
+                f"optimizer made a {type(self.optimizer).__name__}; expected a function from parameters to a "
+                "torch.optim optimizer, such as lambda params: torch.optim.SGD(params, lr=0.1)"
+            )
+        self.scheduler = scheduler(self.optimizer) if scheduler and self.optimizer else None
+        self.clip = clip
+        self.accumulate = accumulate
+        self.calls = 0
+
+    def add(self, gradients: Sequence[Tensor | None], divide_by: float = 1.0) -> None:
+        """Take the gradients of one batch, one per parameter, each divided by `divide_by`, onto `.grad`."""
+        divisor = divide_by * self.accumulate
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if divisor != 1:
+                gradient = gradient / divisor  # noqa: PLW2901
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def update(self) -> None:
+        """Clip, step the optimizer and the scheduler, forget the gradients; on every `accumulate`-th call."""
+        self.calls += 1
+        if self.optimizer is None or self.calls % self.accumulate:
+            return
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def forget(self) -> None:
+        """Drop the gradients taken so far; what a step that failed has left."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @property
+    def lr(self) -> float:
+        """The step size γ_{B_k} of the optimizer's first group; 0 for a block without parameters."""
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer, scheduler, and the gradients accumulated so far."""
+        return {
+            "calls": self.calls,
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "gradients": [parameter.grad for parameter in self.parameters],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            ValueError: the state belongs to a block with other parameters.
+        """
+        if len(state["gradients"]) != len(self.parameters):
+            raise ValueError(
+                f"the optimizer state is of {len(state['gradients'])} parameters, the block has "
+                f"{len(self.parameters)}; expected the state of the same cut of the same model"
+            )
+        self.calls = state["calls"]
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        for parameter, gradient in zip(self.parameters, state["gradients"], strict=True):
+            parameter.grad = gradient

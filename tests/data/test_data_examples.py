@@ -1,0 +1,102 @@
+import math
+
+import pytest
+import torch
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset, TensorDataset
+
+from blockprop.data import Examples
+
+
+def noisy(inputs, generator):
+    return inputs + torch.rand(inputs.shape, generator=generator)
+
+
+def test_a_batch_is_the_rows_of_the_ids():
+    examples = Examples(torch.arange(8.0).view(4, 2), torch.arange(4))
+    inputs, targets = examples.batch(torch.tensor([3, 1]))
+    assert inputs.tolist() == [[6, 7], [2, 3]]
+    assert targets.tolist() == [3, 1]
+
+
+def test_augmentation_comes_before_the_transform_and_only_with_a_generator():
+    examples = Examples(torch.zeros(4, 2), torch.arange(4), transform=lambda inputs: 10 * inputs, augment=noisy)
+    ids = torch.arange(4)
+    exact, _ = examples.batch(ids)
+    augmented, _ = examples.batch(ids, torch.Generator().manual_seed(3))
+    assert torch.equal(exact, torch.zeros(4, 2))
+    assert torch.equal(augmented, 10 * torch.rand(4, 2, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(examples.inputs, torch.zeros(4, 2))
+
+
+def test_select_renumbers_and_keeps_the_transform():
+    examples = Examples(torch.arange(4.0), torch.arange(4), transform=torch.neg, augment=noisy)
+    part = examples.select(torch.tensor([2, 3]))
+    assert len(part) == 2
+    assert part.batch(torch.tensor([1]))[0].item() == -3
+    assert part.augment is noisy
+
+
+def test_a_map_style_dataset_is_stacked():
+    class Squares(TorchDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.full((2,), float(index)), index**2
+
+    examples = Examples.of(Squares())
+    assert examples.inputs.tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert examples.targets.tolist() == [0, 1, 4]
+
+
+def test_a_tensor_dataset_and_its_tensors_give_the_same():
+    inputs, targets = torch.rand(2, 3), torch.tensor([1, 0])
+    stacked = Examples.of(TensorDataset(inputs, targets))
+    direct = Examples.of((inputs, targets))
+    assert torch.equal(stacked.inputs, direct.inputs)
+    assert torch.equal(stacked.targets, direct.targets)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ((torch.rand(3, 2), torch.zeros(2)), "3 inputs but 2 targets"),
+        (
+            (torch.tensor([[1.0, math.nan], [math.inf, 2.0]]), torch.zeros(2)),
+            "inputs hold 2 NaN or infinite values of 4",
+        ),
+        ((torch.zeros(2, 1), torch.tensor([0.0, -math.inf])), "targets hold 1 NaN or infinite values of 2"),
+        ((torch.tensor(1.0), torch.tensor(1.0)), "inputs is a single number"),
+        ((torch.empty(0, 3), torch.empty(0)), "no examples"),
+        ([], "no examples"),
+        ([(torch.zeros(2), 0), (torch.zeros(3), 0)], r"input 1 has shape \[3\] but input 0 \[2\]"),
+        ([(0.0, torch.zeros(2)), (0.0, torch.zeros(1))], r"target 1 has shape \[1\] but target 0 \[2\]"),
+        ([(torch.zeros(2), "cat")], "example 0 is not a pair"),
+        ([torch.zeros(3)], "example 0 is not a pair"),
+        ([5], "example 0 is not a pair"),
+        (Endless(), "data of type Endless have no length"),
+        (3.0, "data of type float have no length"),
+    ],
+)
+def test_bad_data_are_one_line(pairs, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Examples.of(pairs)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_the_users_own_dataset_is_not_hidden():
+    class Broken(TorchDataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise RuntimeError("my disk is full")
+
+    with pytest.raises(RuntimeError, match="my disk is full"):
+        Examples.of(Broken())
