@@ -16,7 +16,7 @@ from blockprop.penalties import PenaltyLike, per_link
 from blockprop.stage import Link, Stage
 from blockprop.wstep import OptimizerFactory, SchedulerFactory, WStep
 
-__all__ = ["Algorithm", "Backprop", "BlockProp"]
+__all__ = ["Algorithm", "Backprop", "BlockProp", "backprop_gradient"]
 
 Loss = Callable[[Tensor, Tensor], Tensor] | OutputLoss
 T = TypeVar("T")
@@ -175,6 +175,7 @@ class BlockProp(_Trained):
         self.executor = _executor(executor)
         self.loss = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
         self.links = _links(self.form, penalty, h_solver, len(blocks) - 1)
+        self.precision = precision
         self.stages = self._stages(precision)
 
     def _stages(self, precision: torch.dtype | None) -> list[Stage]:
@@ -229,6 +230,36 @@ class BlockProp(_Trained):
         self.executor.close()
 
 
+def backprop_gradient(
+    blocks: Blocks,
+    wsteps: Sequence[WStep],
+    loss: OutputLoss,
+    inputs: Tensor,
+    targets: Tensor,
+    precision: torch.dtype | None = None,
+) -> float:
+    """Backpropagate a batch through all blocks, onto the parameters' `.grad`; the mean loss.
+
+    Raises:
+        ValueError: an empty batch, labels out of range, a loss that is not finite.
+    """
+    _check_batch(inputs, targets)
+    h = inputs
+    with torch.enable_grad():
+        for block in blocks:
+            parameter = next(block.parameters(), None)
+            h = h if parameter is None else h.to(parameter.device)
+            with torch.autocast(h.device.type, precision, enabled=precision is not None):
+                h = block(h)
+        mean, _ = loss(h.float() if h.dtype == torch.bfloat16 else h, targets.to(h.device))
+        value = check_finite(mean)
+        parameters = [parameter for wstep in wsteps for parameter in wstep.parameters]
+        gradients = iter(torch.autograd.grad(mean, parameters, allow_unused=True))
+    for wstep in wsteps:
+        wstep.add([next(gradients) for _ in wstep.parameters])
+    return value
+
+
 class Backprop(_Trained):
     """Backpropagation through all blocks at once, as the baseline: same blocks, optimizers, clipping, reports.
 
@@ -273,20 +304,7 @@ class Backprop(_Trained):
 
     def gradient(self, inputs: Tensor, targets: Tensor) -> StepReport:
         """As `step`, but the gradients are left on the parameters' `.grad` and no weight is updated."""
-        _check_batch(inputs, targets)
-        h = inputs
-        with torch.enable_grad():
-            for block in self.blocks:
-                parameter = next(block.parameters(), None)
-                h = h if parameter is None else h.to(parameter.device)
-                with torch.autocast(h.device.type, self.precision, enabled=self.precision is not None):
-                    h = block(h)
-            mean, _ = self.loss(h.float() if h.dtype == torch.bfloat16 else h, targets.to(h.device))
-            loss = check_finite(mean)
-            parameters = [parameter for wstep in self.wsteps for parameter in wstep.parameters]
-            gradients = iter(torch.autograd.grad(mean, parameters, allow_unused=True))
-        for wstep in self.wsteps:
-            wstep.add([next(gradients) for _ in wstep.parameters])
+        loss = backprop_gradient(self.blocks, self.wsteps, self.loss, inputs, targets, self.precision)
         return StepReport(loss, len(inputs))
 
     def close(self) -> None:

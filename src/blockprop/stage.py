@@ -92,12 +92,13 @@ class Stage:
         parameter = next(block.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
 
-    def forward(self, inputs: Tensor, *, keep_graph: bool = True) -> Evaluation:
+    def forward(self, inputs: Tensor, *, keep_graph: bool = True, repeatable: bool = False) -> Evaluation:
         """Evaluate the block on a batch (Algorithm 1, line 3).
 
         Args:
             inputs: h_k, the output of the block below, shape [N, ...].
             keep_graph: False to keep no activations; the graph is then rebuilt when it is needed.
+            repeatable: True to make the evaluation repeatable although training does not need it.
 
         Raises:
             ValueError: the block does not take an input of this shape or type.
@@ -108,7 +109,7 @@ class Stage:
                 inputs.to(self.device, non_blocking=True),
                 differentiable=self.below is not None,
                 keep_graph=keep_graph,
-                repeatable=self.repeatable,
+                repeatable=self.repeatable or repeatable,
                 precision=self.precision,
             )
         except torch.OutOfMemoryError:

@@ -164,5 +164,5 @@ def test_a_missing_batch_is_named(tmp_path, write):
 
 
 def test_missing_folders_are_named(tmp_path):
-    with pytest.raises(ValueError, match="neither .*cifar-10-batches-bin nor .*cifar-10-batches-py exists"):
+    with pytest.raises(ValueError, match=r"neither .*cifar-10-batches-bin nor .*cifar-10-batches-py exists"):
         load("cifar10", tmp_path)

@@ -25,7 +25,7 @@ class Mirror:
         mirror = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):  # noqa: N802
+            def do_GET(self):
                 path = self.path.removeprefix("/base/")
                 mirror.requests.append(path)
                 if path not in mirror.files:
@@ -179,7 +179,7 @@ def test_a_wrong_checksum_leaves_no_file(mirror, cache):
 def test_a_truncated_download_leaves_no_file(mirror, cache):
     mirror.publish(PATH, TEXT)
     mirror.truncate = True
-    with pytest.raises(ValueError, match="cannot download|wrong checksum") as caught:
+    with pytest.raises(ValueError, match=r"cannot download|wrong checksum") as caught:
         load("shakespeare")
     assert "\n" not in str(caught.value)
     assert files(cache) == []
@@ -188,7 +188,7 @@ def test_a_truncated_download_leaves_no_file(mirror, cache):
 
 
 def test_a_missing_file_on_the_server_is_told(mirror, cache):
-    with pytest.raises(ValueError, match="cannot download .*404.*--data-dir") as caught:
+    with pytest.raises(ValueError, match=r"cannot download .*404.*--data-dir") as caught:
         load("mnist")
     assert f"{mirror.url}/mnist/train-images-idx3-ubyte.gz" in str(caught.value)
     assert files(cache) == []
@@ -196,7 +196,7 @@ def test_a_missing_file_on_the_server_is_told(mirror, cache):
 
 def test_a_server_that_is_down_is_told(mirror, cache):
     mirror.stop()
-    with pytest.raises(ValueError, match="cannot download .*check the network.*--data-dir") as caught:
+    with pytest.raises(ValueError, match=r"cannot download .*check the network.*--data-dir") as caught:
         load("shakespeare")
     assert f"{mirror.url}/{PATH}" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -84,7 +84,7 @@ def test_shakespeare_is_read_from_its_published_place(tmp_path):
     [
         (b"", {}, "is empty"),
         (b"abc \xff\xfe", {}, r"not UTF-8 \(byte 0xff at position 4\)"),
-        (b"short", {}, "characters for its test part, expected at least 65"),
+        (b"short", {}, "5 characters for its train part, expected at least 65"),
         (b"ab" * 1000, {"validation": 0.01}, "19 characters for its validation part, expected at least 65"),
         (b"ab" * 1000, {"context": 100}, "100 characters for its test part, expected at least 101"),
         (b"ab" * 1000, {"validation": 0.99}, "19 characters for its train part"),

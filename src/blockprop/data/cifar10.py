@@ -118,7 +118,7 @@ def _fill(folder: Path) -> None:
     archive = fetch(_ARCHIVE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(archive) as members:
+        with tarfile.open(archive, "r:gz") as members:
             for name in wanted:
                 _extract(members, name, folder)
         archive.unlink()

@@ -57,34 +57,34 @@ def fetch(path: str) -> Path:
     """
     target = cache_folder() / path
     url = _url(path)
+    try:
+        pooch.retrieve(url, known_hash=CHECKSUMS[path], fname=target.name, path=target.parent, downloader=_download)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"cannot download {url} to {target} ({reason}): check the network, "
+            f"or name a folder that holds the published files as data_dir (--data-dir)"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{url} arrived with a wrong checksum, expected {CHECKSUMS[path]}, and was not kept: "
+            f"try again, or name a folder that holds the published files as data_dir (--data-dir)"
+        ) from error
+    return target
+
+
+def _download(url: str, output_file: str, caller: object) -> None:
+    console = Console(stderr=True)
     with Progress(
-        TextColumn(target.name),
+        TextColumn(PurePosixPath(url).name),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as progress:
-        try:
-            pooch.retrieve(
-                url,
-                known_hash=CHECKSUMS[path],
-                fname=target.name,
-                path=target.parent,
-                downloader=pooch.HTTPDownloader(progressbar=_Bar(progress), chunk_size=1 << 16),
-            )
-        except OSError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"cannot download {url} to {target} ({reason}): check the network, "
-                f"or name a folder that holds the published files as data_dir (--data-dir)"
-            ) from error
-        except ValueError as error:
-            raise ValueError(
-                f"{url} arrived with a wrong checksum, expected {CHECKSUMS[path]}, and was not kept: "
-                f"try again, or name a folder that holds the published files as data_dir (--data-dir)"
-            ) from error
-    return target
+        pooch.HTTPDownloader(progressbar=_Bar(progress), chunk_size=1 << 16)(url, output_file, caller)
 
 
 def _url(path: str) -> str:

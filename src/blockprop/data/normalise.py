@@ -27,4 +27,4 @@ class Normalise:
         """Normalise images [N, C, H, W] of any dtype; the result is float32 of the same shape."""
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
-        return images.float().div_(self.maximum).sub_(mean).div_(std)
+        return (images / self.maximum).sub_(mean).div_(std)

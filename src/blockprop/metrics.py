@@ -1,0 +1,85 @@
+"""The metrics of a run: one JSON object a line, and the same in TensorBoard where it is installed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blockprop.checkpoint import write_atomically
+
+__all__ = ["Metrics", "read_metrics"]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, oldest first; a last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: any other line is not a JSON object.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is not JSON; expected one object a line") from error
+    return rows
+
+
+class Metrics:
+    """Writes rows of metrics as they come.
+
+    Args:
+        path: the `.jsonl` file; appended to.
+        tensorboard: folder for TensorBoard's files, or None for none. Without TensorBoard installed it is
+            ignored: it is a view of the same numbers.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
+        self.path = path
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _summary_writer(tensorboard)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Write one row.
+
+        Args:
+            kind: what was measured: "train", "validation", "diagnostics".
+            step: after how many steps.
+            values: numbers, None, or lists of numbers (one per block or link).
+        """
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is None:
+            return
+        for name, value in values.items():
+            many = value if isinstance(value, list) else [value]
+            for index, number in enumerate(many, 1):
+                if isinstance(number, int | float):
+                    tag = f"{kind}/{name}" + (f"/{index}" if isinstance(value, list) else "")
+                    self._board.add_scalar(tag, number, step)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after a step, so that a resumed run writes it once."""
+        kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
+        self._file.close()
+        write_atomically(self.path, "".join(kept).encode())
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _summary_writer(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional, and slow to import
+    except ImportError:
+        return None
+    return SummaryWriter(log_dir=str(folder))  # type: ignore[no-untyped-call]
