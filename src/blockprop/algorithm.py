@@ -139,6 +139,8 @@ class BlockProp(_Trained):
     Raises:
         ValueError: settings that do not go together; see each.
 
+    >>> import torch
+    >>> from torch import nn
     >>> from blockprop.split import split
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -28,6 +28,7 @@ class OutputLoss:
     Raises:
         ValueError: `loss` is not callable, or `class_dim` is none of these.
 
+    >>> import torch
     >>> loss = OutputLoss(nn.CrossEntropyLoss())
     >>> mean, count = loss(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
     >>> round(mean.item(), 4), count
@@ -74,6 +75,13 @@ class OutputLoss:
         if value.ndim > 0 or self.reduction == "sum":
             value = value.sum() / count
         return value, count
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> int | None:
+        """How many predictions have their largest output at the target; None for losses not over classes."""
+        if not self.over_classes or targets.is_floating_point():
+            return None
+        outputs = _classes_second(outputs, targets, self.class_dim)
+        return int((outputs.argmax(1) == targets).sum())
 
     def _count(self, targets: Tensor) -> float:
         valid = targets[targets != self.loss.ignore_index]  # type: ignore[attr-defined]

@@ -82,4 +82,4 @@ def _summary_writer(folder: Path | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional, and slow to import
     except ImportError:
         return None
-    return SummaryWriter(log_dir=str(folder))  # type: ignore[no-untyped-call]
+    return SummaryWriter(log_dir=str(folder))

@@ -1,0 +1,281 @@
+"""The training loop: epochs or steps, evaluation, metrics, checkpoints, and a resume that continues bit for bit."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockprop.algorithm import Backprop, BlockProp
+from blockprop.checkpoint import Checkpoints
+from blockprop.data import Dataset, Split, batch_generator, batches
+from blockprop.diagnostics import alignment, curvature
+from blockprop.executors import StepReport
+from blockprop.metrics import Metrics
+
+__all__ = ["Means", "Score", "Training", "score"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a network does on a part of a dataset.
+
+    Attributes:
+        loss: mean over predictions.
+        accuracy: share of predictions that are right; None where there are no classes.
+    """
+
+    loss: float
+    accuracy: float | None
+
+
+def score(algo: BlockProp | Backprop, split: Split, batch_size: int = 512) -> Score:
+    """Loss and accuracy on a part of a dataset, in evaluation mode and without augmentation.
+
+    Raises:
+        ValueError: the part is empty.
+    """
+    if len(split) == 0:
+        raise ValueError("this part of the dataset is empty; expected at least one example to score on")
+    total, count, right, known = 0.0, 0.0, 0, True
+    for ids in torch.arange(len(split)).split(batch_size):
+        inputs, targets = split.batch(ids)
+        outputs = algo.predict(inputs)
+        targets = targets.to(outputs.device)
+        mean, predictions = algo.loss(outputs, targets)
+        correct = algo.loss.correct(outputs, targets)
+        known = known and correct is not None
+        right += correct or 0
+        total += mean.item() * predictions
+        count += predictions
+    return Score(total / count, right / count if known else None)
+
+
+@dataclass
+class Means:
+    """Running means over examples, of the loss and of every link's gluing loss."""
+
+    examples: int = 0
+    loss: float = 0.0
+    gluing: list[float] = field(default_factory=list)
+    unstable: int = 0
+
+    def add(self, report: StepReport) -> None:
+        """Count a step in."""
+        self.examples += report.examples
+        self.loss += report.loss * report.examples
+        gluing = report.gluing_loss
+        self.gluing = [a + b * report.examples for a, b in zip(self.gluing or [0.0] * len(gluing), gluing, strict=True)]
+        self.unstable += not report.stable
+
+    def values(self) -> dict[str, Any]:
+        """The means, ready for the metrics."""
+        examples = max(self.examples, 1)
+        return {
+            "loss": self.loss / examples,
+            "gluing_loss": [value / examples for value in self.gluing],
+            "unstable_steps": self.unstable,
+        }
+
+
+class Training:
+    """A run in progress: where it is, and how to take it on.
+
+    Everything that decides the next step is in [`state`][blockprop.training.Training.state]: weights, buffers,
+    optimizers, random state, and the position, from which the order of the data follows.
+
+    Args:
+        algo: the algorithm that trains.
+        dataset: what it is trained on.
+        batch_size: examples a step, default 64; an epoch's last batch may be smaller.
+        epochs: passes over the training part; or
+        steps: steps to take in all. One of the two.
+        seed: of the data's order and augmentation, default 0.
+        metrics: where rows are written, or None.
+        checkpoints: where checkpoints are written, or None.
+        log_every: steps between rows of training metrics, default 50.
+        evaluate_every: steps between evaluations on the validation part, default once an epoch.
+        checkpoint_every: steps between checkpoints, default once an epoch.
+        diagnose_every: steps between diagnostics (alignment, curvature), default 0 for never. BlockProp only.
+        on_step: called with this after every step, for progress.
+
+    Raises:
+        ValueError: an empty training part, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        algo: BlockProp | Backprop,
+        dataset: Dataset,
+        *,
+        batch_size: int = 64,
+        epochs: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        metrics: Metrics | None = None,
+        checkpoints: Checkpoints | None = None,
+        log_every: int = 50,
+        evaluate_every: int | None = None,
+        checkpoint_every: int | None = None,
+        diagnose_every: int = 0,
+        on_step: Callable[["Training"], None] | None = None,
+    ) -> None:
+        if (epochs is None) == (steps is None):
+            raise ValueError("give either epochs or steps, not both")
+        for name, value in (
+            ("epochs", epochs),
+            ("steps", steps),
+            ("batch size", batch_size),
+            ("log-every", log_every),
+            ("evaluate-every", evaluate_every),
+            ("checkpoint-every", checkpoint_every),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected a whole number of at least 1")
+        if diagnose_every < 0:
+            raise ValueError(f"diagnose-every is {diagnose_every}; expected a whole number, 0 for never")
+        if len(dataset.train) == 0:
+            raise ValueError(f"the training part of {dataset.name} is empty; expected at least one example")
+        self.algo = algo
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_epoch = math.ceil(len(dataset.train) / batch_size)
+        self.total_steps = steps if steps is not None else (epochs or 0) * self.steps_per_epoch
+        self.metrics = metrics
+        self.checkpoints = checkpoints
+        self.log_every = log_every
+        self.evaluate_every = evaluate_every or self.steps_per_epoch
+        self.checkpoint_every = checkpoint_every or self.steps_per_epoch
+        self.diagnose_every = diagnose_every if isinstance(algo, BlockProp) else 0
+        self.on_step = on_step
+        self.step = 0
+        self.samples = 0
+        self.seconds = 0.0
+        self.window = Means()  # since the last row of metrics
+        self.epoch_means = Means()  # since the epoch began
+        self.last_epoch: dict[str, Any] = {}
+        self.validation: Score | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next step belongs to, from 0."""
+        return self.step // self.steps_per_epoch
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            ValueError: the loss stopped being finite, or the data do not fit the network; a checkpoint written
+                before stays.
+        """
+        self.algo.blocks.model.train()
+        try:
+            while self.step < self.total_steps:
+                epoch, first = divmod(self.step, self.steps_per_epoch)
+                order = list(batches(len(self.dataset.train), self.batch_size, seed=self.seed, epoch=epoch))
+                for index in range(first, min(len(order), first + self.total_steps - self.step)):
+                    self._take(epoch, index, order[index])
+        finally:
+            self.algo.close()
+
+    def _take(self, epoch: int, index: int, ids: Tensor) -> None:
+        inputs, targets = self.dataset.train.batch(ids, batch_generator(self.seed, epoch, index))
+        if self.diagnose_every and self.step % self.diagnose_every == 0:
+            self._diagnose(inputs, targets)
+        if index == 0:
+            self.epoch_means = Means()
+        start = time.perf_counter()
+        report = self.algo.step(inputs, targets)
+        self.seconds += time.perf_counter() - start
+        self.step += 1
+        self.samples += report.examples
+        self.window.add(report)
+        self.epoch_means.add(report)
+        last = self.step == self.total_steps
+        if last or index == self.steps_per_epoch - 1:
+            self.last_epoch = self.epoch_means.values()
+        if last or self.step % self.log_every == 0:
+            self._log()
+        if (last or self.step % self.evaluate_every == 0) and len(self.dataset.validation):
+            self.validation = score(self.algo, self.dataset.validation)
+            self._write("validation", {"loss": self.validation.loss, "accuracy": self.validation.accuracy})
+        if self.checkpoints and (last or self.step % self.checkpoint_every == 0):
+            self.checkpoints.save(self.step, self.state())
+        if self.on_step:
+            self.on_step(self)
+
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        if self.metrics:
+            epoch = self.step / self.steps_per_epoch
+            self.metrics.write(kind, self.step, {"epoch": epoch, "samples": self.samples, **values})
+
+    def _log(self) -> None:
+        rate = self.samples / self.seconds if self.seconds else 0.0
+        lrs = [wstep.lr for wstep in self.algo.wsteps]
+        timing = {"seconds": self.seconds, "samples_per_second": rate, "lr": lrs}
+        self._write("train", {**self.window.values(), **timing})
+        self.window = Means()
+
+    def _diagnose(self, inputs: Tensor, targets: Tensor) -> None:
+        assert isinstance(self.algo, BlockProp)
+        found = alignment(self.algo, inputs, targets)
+        self._write(
+            "diagnostics",
+            {
+                "cosine": [one.cosine for one in found],
+                "norm_ratio": [one.norm_ratio for one in found],
+                "curvature": curvature(self.algo, inputs, targets),
+            },
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, as a tree for [`save_state`][blockprop.checkpoint.save_state]."""
+        return {
+            "model": dict(self.algo.blocks.model.state_dict()),
+            "algorithm": self.algo.state_dict(),
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "position": {"step": self.step, "samples": self.samples, "seconds": self.seconds},
+            "window": vars(self.window),
+            "epoch_means": vars(self.epoch_means),
+            "last_epoch": self.last_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a state.
+
+        Raises:
+            ValueError: it is of another model, another cut, or another amount of data.
+        """
+        missing = {"model", "algorithm", "random", "position"} - state.keys()
+        if missing:
+            raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}; expected one of a training run")
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"the checkpoint is of a run with {state['steps_per_epoch']} steps an epoch, this one has "
+                f"{self.steps_per_epoch}; expected the same data and batch size"
+            )
+        model = self.algo.blocks.model
+        ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        theirs = {name: tuple(value.shape) for name, value in state["model"].items()}
+        if ours != theirs:
+            odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+            raise ValueError(
+                f"the checkpoint is of another model: {odd[0]} is {theirs.get(odd[0], 'missing')} there and "
+                f"{ours.get(odd[0], 'missing')} here; expected the same model settings"
+            )
+        model.load_state_dict(state["model"])
+        self.algo.load_state_dict(state["algorithm"])
+        torch.set_rng_state(state["random"])
+        if state["cuda_random"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_random"])
+        self.step, self.samples, self.seconds = (state["position"][key] for key in ("step", "samples", "seconds"))
+        self.window, self.epoch_means = Means(**state["window"]), Means(**state["epoch_means"])
+        self.last_epoch = state["last_epoch"]
+        if self.metrics:
+            self.metrics.rewind(self.step)
