@@ -238,6 +238,7 @@ def backprop_gradient(
     loss: OutputLoss,
     inputs: Tensor,
     targets: Tensor,
+    *,
     precision: torch.dtype | None = None,
 ) -> float:
     """Backpropagate a batch through all blocks, onto the parameters' `.grad`; the mean loss.
@@ -306,7 +307,7 @@ class Backprop(_Trained):
 
     def gradient(self, inputs: Tensor, targets: Tensor) -> StepReport:
         """As `step`, but the gradients are left on the parameters' `.grad` and no weight is updated."""
-        loss = backprop_gradient(self.blocks, self.wsteps, self.loss, inputs, targets, self.precision)
+        loss = backprop_gradient(self.blocks, self.wsteps, self.loss, inputs, targets, precision=self.precision)
         return StepReport(loss, len(inputs))
 
     def close(self) -> None:

@@ -83,7 +83,7 @@ def alignment(algo: BlockProp, inputs: Tensor, targets: Tensor) -> list[Alignmen
         algo.gradient(inputs, targets)
         ours = _taken(algo.wsteps)
     with _untouched(algo):
-        backprop_gradient(algo.blocks, algo.wsteps, algo.loss, inputs, targets, algo.precision)
+        backprop_gradient(algo.blocks, algo.wsteps, algo.loss, inputs, targets, precision=algo.precision)
         theirs = _taken(algo.wsteps)
     found = []
     for mine, exact in zip(ours, theirs, strict=True):

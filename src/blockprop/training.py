@@ -41,7 +41,7 @@ def score(algo: BlockProp | Backprop, split: Split, batch_size: int = 512) -> Sc
     if len(split) == 0:
         raise ValueError("this part of the dataset is empty; expected at least one example to score on")
     total, count, right, known = 0.0, 0.0, 0, True
-    for ids in torch.arange(len(split)).split(batch_size):
+    for ids in torch.split(torch.arange(len(split)), batch_size):
         inputs, targets = split.batch(ids)
         outputs = algo.predict(inputs)
         targets = targets.to(outputs.device)
@@ -183,7 +183,9 @@ class Training:
             self.algo.close()
 
     def _take(self, epoch: int, index: int, ids: Tensor) -> None:
+        start = time.perf_counter()
         inputs, targets = self.dataset.train.batch(ids, batch_generator(self.seed, epoch, index))
+        self.seconds += time.perf_counter() - start
         if self.diagnose_every and self.step % self.diagnose_every == 0:
             self._diagnose(inputs, targets)
         if index == 0:

@@ -10,7 +10,11 @@ from torch import Tensor
 from blockprop.hsolvers import Solution
 from blockprop.stage import Feedback, Stage
 
-__all__ = ["Executor", "StepReport", "check_finite"]
+__all__ = ["DivergedError", "Executor", "LinkReport", "StepReport", "check_finite"]
+
+
+class DivergedError(ValueError):
+    """The loss is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,11 @@ def check_finite(loss: Tensor) -> float:
     """The loss as a float.
 
     Raises:
-        ValueError: it is NaN or infinite, which is said before anything is updated.
+        DivergedError: it is NaN or infinite, which is said before anything is updated.
     """
     value = loss.item()
     if not math.isfinite(value):
-        raise ValueError(
+        raise DivergedError(
             f"the loss is {value}: training diverged, or the data hold NaN or infinity; lower the step size, clip "
             "gradients, or check the data"
         )

@@ -1,0 +1,7 @@
+"""`python -m blockprop`."""
+
+import sys
+
+from blockprop.cli import main
+
+sys.exit(main())

@@ -1,0 +1,154 @@
+"""The command line. Every command is a thin layer over the library."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from blockprop import __version__
+from blockprop.experiments.comparison import compare as run_comparison
+from blockprop.experiments.report import find_runs, groups, markdown, plot, table
+from blockprop.experiments.run import resume as resume_run
+from blockprop.experiments.run import run
+from blockprop.experiments.settings import Settings
+from blockprop.forms import FormName
+
+__all__ = ["app", "main"]
+
+app = App(
+    name="blockprop",
+    help="Train neural networks as decoupled blocks, glued by a penalty.",
+    version=__version__,
+    help_on_error=False,
+)
+_DEFAULTS = Settings()
+_SHORT = {
+    "backprop": {"algorithm": "backprop"},
+    "blockprop": {"algorithm": "blockprop"},
+    **{name: {"algorithm": "blockprop", "form": name} for name in FormName.__args__},  # type: ignore[attr-defined]
+}
+
+
+@app.command
+def train(
+    settings: Settings = _DEFAULTS,
+    *,
+    out: Annotated[Path | None, Parameter(help="The run's folder. Default: a new one under runs/.")] = None,
+    resume: Annotated[
+        bool, Parameter(help="Continue the run in --out from its newest checkpoint.", negative=())
+    ] = False,
+    quiet: Annotated[bool, Parameter(help="Show no progress.", negative=())] = False,
+) -> None:
+    """Train one network, and leave its configuration, metrics, checkpoints and summary in a folder."""
+    if resume and out is None:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    if out is None:
+        out = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(settings.data).stem}-{settings.algorithm}"
+    summary = (resume_run if resume else run)(settings, out, quiet=quiet)
+    accuracy = summary["test_accuracy"]
+    result = f"test loss {summary['test_loss']:.4f}" + ("" if accuracy is None else f", test accuracy {accuracy:.2%}")
+    print(f"{result}; {summary['samples_per_second']:,.0f} samples/s; everything is in {out}")
+
+
+@app.command
+def compare(
+    settings: Settings = _DEFAULTS,
+    *,
+    variant: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="One thing to compare, repeatable: backprop, a form's name, or settings such as "
+            "'published h-lr=0.1 epochs=3'. Default: backprop, and BlockProp with the settings given.",
+            negative=(),
+        ),
+    ] = (),
+    seeds: Annotated[tuple[int, ...], Parameter(help="Seeds, each for all.", consume_multiple=True, negative=())] = (
+        0,
+        1,
+        2,
+    ),
+    out: Annotated[Path, Parameter(help="Folder of all runs; a comparison that was stopped continues there.")],
+    jobs: Annotated[int, Parameter(help="Runs at a time, each in a process of its own.")] = 1,
+) -> None:
+    """Run several algorithms or settings over several seeds, on the same data in the same order."""
+    variants = {text: _variant(settings, text) for text in variant or ("backprop", "blockprop")}
+    console = Console(stderr=True, highlight=False)
+
+    def done(name: str, seed: int, summary: dict[str, Any]) -> None:
+        result = "diverged" if summary.get("diverged") else f"test loss {summary['test_loss']:.4f}"
+        console.print(f"{name}, seed {seed}: {result}", soft_wrap=True)
+
+    run_comparison(variants, seeds, out, jobs=jobs, on_run=done)
+    _show([out], out)
+
+
+@app.command
+def report(
+    *folders: Annotated[Path, Parameter(help="Folders of runs or comparisons.", negative=())],
+    out: Annotated[Path | None, Parameter(help="Where table and plot go. Default: the first folder.")] = None,
+) -> None:
+    """Redraw the table and the plot of finished runs."""
+    if not folders:
+        raise ValueError("report needs at least one folder of runs: blockprop report DIR")
+    _show(folders, out or folders[0])
+
+
+def _show(folders: Sequence[Path], out: Path) -> None:
+    runs = find_runs(folders)
+    made = groups(runs)
+    config = runs[0].config
+    same = {key: len({str(run.config[key]) for run in runs}) == 1 for key in ("data", "model", "blocks")}
+    title = ", ".join(
+        text
+        for key, text in (("model", config["model"]), ("data", config["data"]), ("blocks", f"K = {config['blocks']}"))
+        if same[key]
+    )
+    Console().print(table(made, title))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "comparison.md").write_text(markdown(made), encoding="utf-8")
+    plot(made, out / "comparison.png", title)
+    print(f"table and plot: {out / 'comparison.md'}, {out / 'comparison.png'}")
+
+
+def _variant(base: Settings, text: str) -> Settings:
+    """Settings changed by words: short names (`backprop`, `published`, ...) and `key=value`."""
+    changes: dict[str, Any] = {}
+    tokens, keys = [], []
+    known = {field.name for field in fields(Settings)}
+    for word in text.split():
+        key, equals, value = word.partition("=")
+        name = key.replace("-", "_")
+        if not equals and word in _SHORT:
+            changes |= _SHORT[word]
+        elif equals and name in known:
+            keys.append(name)
+            tokens += [f"--{name.replace('_', '-')}", *value.split(",")]
+        else:
+            raise ValueError(
+                f"variant {text!r}: {word!r} is neither a short name ({', '.join(_SHORT)}) nor KEY=VALUE of a setting"
+            )
+    _, bound, _ = app.parse_args(["train", *tokens], print_error=False, exit_on_error=False)
+    parsed = bound.arguments.get("settings", _DEFAULTS)
+    return replace(base, **changes, **{key: getattr(parsed, key) for key in keys})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake becomes one line on standard error and exit status 2."""
+    try:
+        app(arguments, print_error=False, exit_on_error=False, result_action="return_value")
+    except (ValueError, CycloptsError, OSError) as error:
+        print(f"blockprop: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("blockprop: stopped; a run with a checkpoint continues with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

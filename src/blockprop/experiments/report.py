@@ -1,0 +1,208 @@
+"""Tables and plots of finished runs, from their folders alone."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from blockprop.experiments.run import read_json
+from blockprop.metrics import read_metrics
+
+__all__ = ["Group", "find_runs", "groups", "markdown", "plot", "table"]
+
+# Settings that say where or how long a run computed rather than what: they make no difference between groups.
+_INCIDENTAL = {"seed", "cut", "versions", "data_dir", "threads", "log_every", "checkpoint_every", "evaluate_every"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as read from its folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by their seed alone, under the settings that set them apart from the others."""
+
+    label: str
+    runs: list[Run]
+
+    def values(self, key: str) -> list[float]:
+        """A figure of the summaries, of the runs that have it."""
+        found = [run.summary.get(key) for run in self.runs]
+        return [float(value) for value in found if value is not None]
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """All finished runs in or under the folders.
+
+    Raises:
+        ValueError: a folder does not exist, or there is no finished run.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}; expected the --out of a run or of a comparison")
+    paths = sorted({path for folder in folders for path in folder.rglob("summary.json")})
+    runs = [Run(path.parent, read_json(path.parent / "config.json"), read_json(path)) for path in paths]
+    if not runs:
+        raise ValueError(f"no finished run under {', '.join(map(str, folders))}; expected a folder with summary.json")
+    return runs
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """The runs grouped by their settings, each group labelled by what distinguishes it."""
+
+    def settings(run: Run) -> dict[str, str]:
+        relevant = {key: str(value) for key, value in run.config.items() if key not in _INCIDENTAL}
+        if run.config["algorithm"] == "backprop":
+            # what belongs to BlockProp alone does not tell two runs of backprop apart
+            own = ("form", "penalty", "huber", "h_steps", "h_lr", "h_solver", "h_momentum", "executor", "recompute")
+            relevant = {key: value for key, value in relevant.items() if key not in own}
+        return relevant
+
+    kinds: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        kinds.setdefault(tuple(sorted(settings(run).items())), []).append(run)
+    varying = [
+        key
+        for key in dict.fromkeys(key for kind in kinds for key, _ in kind)
+        if len({dict(kind).get(key) for kind in kinds if key in dict(kind)}) > 1
+    ]
+    made = []
+    for kind, members in kinds.items():
+        config = dict(kind)
+        name = config["algorithm"] if config["algorithm"] == "backprop" else f"blockprop {config['form']}"
+        extra = [f"{key}={config[key].strip('[]')}" for key in varying if key in config]
+        extra = [text for text in extra if not text.startswith(("algorithm=", "form="))]
+        made.append(Group(" ".join([name, *extra]), sorted(members, key=lambda run: run.config["seed"])))
+    return sorted(made, key=lambda group: group.label)
+
+
+def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    if not values:
+        return "-"
+    mean = show(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {show(statistics.stdev(values))}"
+
+
+def _rows(made: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    accuracy = any(group.values("test_accuracy") for group in made)
+    header = ["", "seeds", *(["test accuracy %"] if accuracy else []), "test loss", "gluing loss per link", "samples/s"]
+    rows = []
+    for group in made:
+        diverged = sum(bool(run.summary.get("diverged")) for run in group.runs)
+        links = [run.summary["gluing_loss"] for run in group.runs if run.summary.get("gluing_loss")]
+        gluing = ", ".join(f"{statistics.fmean(link):.2g}" for link in zip(*links, strict=True)) if links else "-"
+        row = [group.label, str(len(group.runs)) + (f" ({diverged} diverged)" if diverged else "")]
+        if accuracy:
+            row.append(_spread(group.values("test_accuracy"), lambda value: f"{100 * value:.2f}"))
+        row += [
+            _spread(group.values("test_loss"), lambda value: f"{value:.4f}"),
+            gluing,
+            _spread(group.values("samples_per_second"), lambda value: f"{value:,.0f}"),
+        ]
+        rows.append(row)
+    return header, rows
+
+
+def table(made: Sequence[Group], title: str) -> Table:
+    """Mean ± standard deviation over seeds, a row per group, for the terminal."""
+    header, rows = _rows(made)
+    drawn = Table(title=title)
+    for index, name in enumerate(header):
+        drawn.add_column(name, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def markdown(made: Sequence[Group]) -> str:
+    """The same table in Markdown."""
+    header, rows = _rows(made)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot(made: Sequence[Group], path: Path, title: str) -> None:
+    """Training loss, validation, test result by seed, and gluing loss: one PNG (or SVG, by the name).
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise ValueError("plots need matplotlib: pip install 'blockprop[all]'") from error
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    loss, validation, test, gluing = figure.subplots(2, 2).flat
+    accuracy = any(group.values("test_accuracy") for group in made)
+    measure, scale = ("accuracy", 100) if accuracy else ("loss", 1)
+    for index, group in enumerate(made):
+        style = {"color": f"C{index % 10}", "label": group.label, "linestyle": ("-", "--", ":", "-.")[index % 4]}
+        _band(loss, group, "train", "loss", style)
+        _band(validation, group, "validation", measure, style, scale)
+        values = [scale * value for value in group.values(f"test_{measure}")]
+        if values:
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            test.errorbar(statistics.fmean(values), index, xerr=spread, fmt="o", color=style["color"], capsize=4)
+            test.plot(values, [index + 0.18] * len(values), "|", color=style["color"], markersize=9)
+        _gluing(gluing, group, index)
+    loss.set(title="training loss", xlabel="epoch", yscale="log")
+    validation.set(title=f"validation {measure}" + (" (%)" if accuracy else ""), xlabel="epoch")
+    if accuracy:
+        _cut_below_the_plateau(validation)
+    test.set(title=f"test {measure}" + (" (%)" if accuracy else "") + ", mean ± sd and every seed")
+    test.set_yticks(range(len(made)), [group.label for group in made])
+    test.set_ylim(len(made) - 0.5, -0.5)
+    gluing.set(title="gluing loss ‖h* − b(h)‖² in the last epoch", xlabel="link, from the input", yscale="log")
+    for axes in (loss, validation, test, gluing):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    loss.legend(frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _band(axes: Any, group: Group, kind: str, key: str, style: dict[str, Any], scale: float = 1.0) -> None:
+    """Mean over seeds as a line, one standard deviation as a band, at the steps that every seed has."""
+    curves = []
+    for run in group.runs:
+        rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if row["kind"] == kind]
+        curves.append({row["epoch"]: scale * row[key] for row in rows if row.get(key) is not None})
+    epochs = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    if not epochs:
+        return
+    values = [[curve[epoch] for curve in curves] for epoch in epochs]
+    means = [statistics.fmean(value) for value in values]
+    axes.plot(epochs, means, **style)
+    if len(curves) > 1:
+        spreads = [statistics.stdev(value) for value in values]
+        low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+        high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+        axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _cut_below_the_plateau(axes: Any) -> None:
+    """The first epochs rise from nothing; show where the curves differ."""
+    finals = [line.get_ydata()[-1] for line in axes.lines]
+    if finals and min(finals) > 60:
+        axes.set_ylim(max(0.0, min(finals) - 1.5 * (100 - min(finals)) - 2), min(100.0, max(finals) + 1))
+
+
+def _gluing(axes: Any, group: Group, index: int) -> None:
+    links = [run.summary["gluing_loss"] for run in group.runs if run.summary.get("gluing_loss")]
+    if not links:
+        return
+    means = [statistics.fmean(link) for link in zip(*links, strict=True)]
+    if any(value > 0 and math.isfinite(value) for value in means):
+        numbers = range(1, len(means) + 1)
+        axes.plot(numbers, means, "o-", color=f"C{index % 10}")
+        axes.set_xticks(list(numbers))

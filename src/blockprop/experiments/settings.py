@@ -1,0 +1,239 @@
+"""The settings of a run: each declared once, for the command line, for Python, and for `config.json`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from cyclopts import Group, Parameter
+from torch import nn
+from torch.optim import Optimizer
+
+from blockprop.forms import FormName
+from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
+from blockprop.penalties import Huber, Penalty, Squared
+from blockprop.split import SplitBy
+from blockprop.wstep import OptimizerFactory
+
+__all__ = ["Settings"]
+
+_DATA = Group("Data", sort_key=1)
+_MODEL = Group("Model", sort_key=2)
+_ALGORITHM = Group("Algorithm", sort_key=3)
+_OPTIMIZER = Group("Optimizer", sort_key=4)
+_RUN = Group("Run", sort_key=5)
+
+
+def _option(group: Group, help_text: str, **more: Any) -> Parameter:
+    return Parameter(group=group, help=help_text, negative=(), **more)
+
+
+# What trains well unattended, by model: optimizer, step size, momentum.
+_OPTIMIZERS: dict[str, tuple[Literal["sgd", "adam", "adamw"], float, float]] = {
+    "mlp": ("sgd", 0.1, 0.0),
+    "resnet18": ("sgd", 0.05, 0.9),
+    "preact-resnet18": ("sgd", 0.05, 0.9),
+    "gpt": ("adamw", 3e-3, 0.0),
+}
+_EPOCHS = {"digits": 30, "mnist": 5, "fashion-mnist": 5, "cifar10": 10}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of a run. None means: chosen from the data and the model, and recorded as chosen."""
+
+    data: Annotated[
+        str, _option(_DATA, "digits, mnist, fashion-mnist, cifar10, shakespeare, or the path of a .txt file.")
+    ] = "digits"
+    data_dir: Annotated[
+        Path | None, _option(_DATA, "Folder with the data's published files. Else: the user's cache, or a download.")
+    ] = None
+    validation: Annotated[float, _option(_DATA, "Share of the training data held out to choose by.")] = 0.1
+    context: Annotated[int, _option(_DATA, "Characters in a window of text.")] = 64
+    augment: Annotated[
+        bool | None, Parameter(group=_DATA, help="Random crops and flips; on for cifar10 unless switched off.")
+    ] = None
+
+    model: Annotated[
+        str | None, _option(_MODEL, "mlp, resnet18, preact-resnet18 or gpt. Default: mlp, for text gpt.")
+    ] = None
+    width: Annotated[
+        int | None, _option(_MODEL, "Hidden units, channels or embedding size; each model has its own default.")
+    ] = None
+    depth: Annotated[int | None, _option(_MODEL, "Weight layers of an mlp (784-300-10 has 2), blocks of a gpt.")] = None
+    dropout: Annotated[float, _option(_MODEL, "Share of activations dropped, in [0, 1).")] = 0.0
+    norm: Annotated[Literal["batch", "layer"] | None, _option(_MODEL, "Normalisation of an mlp.")] = None
+
+    algorithm: Annotated[Literal["blockprop", "backprop"], _option(_ALGORITHM, "What trains the network.")] = (
+        "blockprop"
+    )
+    blocks: Annotated[int, _option(_ALGORITHM, "K, the number of blocks.")] = 2
+    split_by: Annotated[SplitBy, _option(_ALGORITHM, "What is balanced over the blocks.")] = "flops"
+    form: Annotated[
+        FormName,
+        _option(
+            _ALGORITHM,
+            "exact: backprop's gradient; published: the paper's order; rescaled: published, with gradients on "
+            "backprop's scale; proximal: any penalty and h-solver.",
+        ),
+    ] = "exact"
+    penalty: Annotated[
+        tuple[float, ...],
+        _option(_ALGORITHM, "λ, the weight of the gluing penalty: one, or one per link.", consume_multiple=True),
+    ] = (1.0,)
+    huber: Annotated[
+        float | None,
+        _option(_ALGORITHM, "Use the Huber penalty, linear beyond this distance. Needs --form proximal or published."),
+    ] = None
+    h_steps: Annotated[int, _option(_ALGORITHM, "N_h, steps of the h-step.")] = 1
+    h_lr: Annotated[
+        float | None, _option(_ALGORITHM, "γ_h, step size of the h-step. Default: by the form (exact: 2λγ_h = 1).")
+    ] = None
+    h_solver: Annotated[
+        Literal["descent", "momentum", "backtracking", "gauss-newton"], _option(_ALGORITHM, "Solver of the h-step.")
+    ] = "descent"
+    h_momentum: Annotated[float, _option(_ALGORITHM, "Momentum of the solver of that name.")] = 0.5
+    executor: Annotated[
+        Literal["local", "threads"], _option(_ALGORITHM, "One block after the other, or W-steps in parallel threads.")
+    ] = "local"
+    devices: Annotated[
+        tuple[str, ...],
+        _option(
+            _ALGORITHM, "Where the blocks live: cpu, cuda:0, ...; one, or up to one per block.", consume_multiple=True
+        ),
+    ] = ()
+    recompute: Annotated[
+        bool, _option(_ALGORITHM, "Train block by block in the memory of the largest, for one more forward pass.")
+    ] = False
+
+    optimizer: Annotated[
+        Literal["sgd", "adam", "adamw"] | None, _option(_OPTIMIZER, "Optimizer of every block. Default: by the model.")
+    ] = None
+    lr: Annotated[float | None, _option(_OPTIMIZER, "Step size γ_B of every block. Default: by the model.")] = None
+    block_lr: Annotated[
+        tuple[float, ...], _option(_OPTIMIZER, "Step size of each block instead, bottom first.", consume_multiple=True)
+    ] = ()
+    momentum: Annotated[float | None, _option(_OPTIMIZER, "Momentum of sgd. Default: by the model.")] = None
+    weight_decay: Annotated[float, _option(_OPTIMIZER, "Weight decay.")] = 0.0
+    schedule: Annotated[Literal["constant", "cosine"], _option(_OPTIMIZER, "How the step size falls over the run.")] = (
+        "constant"
+    )
+    warmup: Annotated[int, _option(_OPTIMIZER, "Steps over which the step size rises from 0.")] = 0
+    clip: Annotated[float | None, _option(_OPTIMIZER, "Largest gradient norm of a block.")] = None
+    accumulate: Annotated[int, _option(_OPTIMIZER, "Update every n batches, with their mean gradient.")] = 1
+    precision: Annotated[
+        Literal["float32", "bfloat16"], _option(_OPTIMIZER, "bfloat16 evaluates blocks under autocast.")
+    ] = "float32"
+
+    batch_size: Annotated[int, _option(_RUN, "Examples a step.")] = 64
+    epochs: Annotated[int | None, _option(_RUN, "Passes over the training data. Default: by the data.")] = None
+    steps: Annotated[int | None, _option(_RUN, "Steps to train, instead of epochs.")] = None
+    seed: Annotated[int, _option(_RUN, "Seed of the weights, the order of the data, augmentation and dropout.")] = 0
+    threads: Annotated[int | None, _option(_RUN, "Threads of each operation. Default: all cores.")] = None
+    log_every: Annotated[int, _option(_RUN, "Steps between rows of training metrics.")] = 50
+    evaluate_every: Annotated[int | None, _option(_RUN, "Steps between validations. Default: once an epoch.")] = None
+    checkpoint_every: Annotated[int | None, _option(_RUN, "Steps between checkpoints. Default: once an epoch.")] = None
+    diagnose_every: Annotated[
+        int, _option(_RUN, "Steps between diagnostics: alignment with backprop, curvature. 0: never.")
+    ] = 0
+
+    def resolved(self) -> "Settings":
+        """With every None that stands for a choice replaced by the choice.
+
+        Raises:
+            ValueError: settings that exclude each other.
+        """
+        text = self.data == "shakespeare" or self.data.endswith(".txt")
+        model = self.model or ("gpt" if text else "mlp")
+        name, lr, momentum = _OPTIMIZERS.get(model, _OPTIMIZERS["mlp"])
+        if self.optimizer not in (None, name):
+            name, lr, momentum = self.optimizer, (0.1 if self.optimizer == "sgd" else 1e-3), 0.0
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("--epochs and --steps are both given; expected one of the two")
+        if name != "sgd" and self.momentum is not None:
+            raise ValueError(f"--momentum is of sgd; {name} has its own: leave it out")
+        if self.seed < 0:
+            raise ValueError(f"--seed is {self.seed}; expected a whole number of at least 0")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads is {self.threads}; expected a whole number of at least 1")
+        for flag, rate in (("--lr", self.lr), *(("--block-lr", rate) for rate in self.block_lr)):
+            if rate is not None and not 0 < rate < float("inf"):
+                raise ValueError(f"{flag} is {rate}; expected a positive finite step size")
+        if self.block_lr and len(self.block_lr) != self.blocks:
+            raise ValueError(
+                f"--block-lr lists {len(self.block_lr)} step sizes for {self.blocks} blocks; expected one per block"
+            )
+        epochs = self.epochs if self.epochs or self.steps else _EPOCHS.get(self.data, 5)
+        return replace(
+            self,
+            model=model,
+            optimizer=name,
+            lr=lr if self.lr is None else self.lr,
+            momentum=momentum if self.momentum is None else self.momentum,
+            epochs=None if self.steps else epochs,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    def penalties(self) -> list[Penalty] | Penalty:
+        """The gluing penalty: one, or one per link."""
+        made: list[Penalty] = [Squared(v) if self.huber is None else Huber(v, self.huber) for v in self.penalty]
+        return made[0] if len(made) == 1 else made
+
+    def solver(self) -> HSolver | None:
+        """The h-solver, or None for the form's default."""
+        match self.h_solver:
+            case "gauss-newton":
+                return GaussNewton(self.h_steps)
+            case "backtracking":
+                return Backtracking(self.h_steps, self.h_lr)
+            case "momentum":
+                return GradientDescent(self.h_steps, self.h_lr, self.h_momentum)
+            case _ if self.h_steps == 1 and self.h_lr is None:
+                return None
+            case _:
+                return GradientDescent(self.h_steps, self.h_lr)
+
+    def optimizers(self) -> list[OptimizerFactory]:
+        """One optimizer factory per block."""
+        assert self.lr is not None
+        rates = self.block_lr or (self.lr,) * self.blocks
+        return [self._optimizer(rate) for rate in rates]
+
+    def _optimizer(self, lr: float) -> OptimizerFactory:
+        def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+            if self.optimizer == "sgd":
+                return torch.optim.SGD(parameters, lr=lr, momentum=self.momentum or 0.0, weight_decay=self.weight_decay)
+            kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+            return kind(parameters, lr=lr, weight_decay=self.weight_decay)
+
+        return make
+
+    def scheduler(self, total_steps: int) -> Callable[[Optimizer], Any] | None:
+        """Warm-up and cosine decay over the run's updates, or None for a constant step size."""
+        if self.schedule == "constant" and self.warmup == 0:
+            return None
+        updates = max(1, total_steps // self.accumulate)
+
+        def factor(update: int) -> float:
+            rise = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
+            if self.schedule == "constant":
+                return rise
+            share = max(0, update - self.warmup) / max(1, updates - self.warmup)
+            return rise * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * min(1.0, share)))))
+
+        return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Path():
+            return str(value)
+        case tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value
