@@ -74,6 +74,7 @@ def compare(
     ),
     out: Annotated[Path, Parameter(help="Folder of all runs; a comparison that was stopped continues there.")],
     jobs: Annotated[int, Parameter(help="Runs at a time, each in a process of its own.")] = 1,
+    quiet: Annotated[bool, Parameter(help="Show no progress.", negative=())] = False,
 ) -> None:
     """Run several algorithms or settings over several seeds, on the same data in the same order."""
     variants = {text: _variant(settings, text) for text in variant or ("backprop", "blockprop")}
@@ -81,9 +82,10 @@ def compare(
 
     def done(name: str, seed: int, summary: dict[str, Any]) -> None:
         result = "diverged" if summary.get("diverged") else f"test loss {summary['test_loss']:.4f}"
-        console.print(f"{name}, seed {seed}: {result}", soft_wrap=True)
+        if not quiet:
+            console.print(f"{name}, seed {seed}: {result}", soft_wrap=True)
 
-    run_comparison(variants, seeds, out, jobs=jobs, on_run=done)
+    run_comparison(variants, seeds, out, jobs=jobs, quiet=quiet, on_run=done)
     _show([out], out)
 
 
@@ -108,7 +110,7 @@ def _show(folders: Sequence[Path], out: Path) -> None:
         for key, text in (("model", config["model"]), ("data", config["data"]), ("blocks", f"K = {config['blocks']}"))
         if same[key]
     )
-    Console().print(table(made, title))
+    Console(width=None if sys.stdout.isatty() else 120).print(table(made, title))
     out.mkdir(parents=True, exist_ok=True)
     (out / "comparison.md").write_text(markdown(made), encoding="utf-8")
     plot(made, out / "comparison.png", title)

@@ -14,6 +14,7 @@ from blockprop.checkpoint import Checkpoints
 from blockprop.data import Dataset, Split, batch_generator, batches
 from blockprop.diagnostics import alignment, curvature
 from blockprop.executors import StepReport
+from blockprop.executors.executor import check_finite
 from blockprop.metrics import Metrics
 
 __all__ = ["Means", "Score", "Training", "score"]
@@ -36,7 +37,7 @@ def score(algo: BlockProp | Backprop, split: Split, batch_size: int = 512) -> Sc
     """Loss and accuracy on a part of a dataset, in evaluation mode and without augmentation.
 
     Raises:
-        ValueError: the part is empty.
+        ValueError: the part is empty, or the loss is not finite.
     """
     if len(split) == 0:
         raise ValueError("this part of the dataset is empty; expected at least one example to score on")
@@ -49,7 +50,7 @@ def score(algo: BlockProp | Backprop, split: Split, batch_size: int = 512) -> Sc
         correct = algo.loss.correct(outputs, targets)
         known = known and correct is not None
         right += correct or 0
-        total += mean.item() * predictions
+        total += check_finite(mean) * predictions
         count += predictions
     return Score(total / count, right / count if known else None)
 

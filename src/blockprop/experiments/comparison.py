@@ -22,6 +22,7 @@ def compare(
     out: Path,
     *,
     jobs: int = 1,
+    quiet: bool = False,
     on_run: Callable[[str, int, dict[str, Any]], None] | None = None,
 ) -> list[Path]:
     """Run every variant with every seed; finished runs found in the folder are kept, stopped ones continued.
@@ -31,6 +32,7 @@ def compare(
         seeds: seeds, the same for every variant.
         out: the comparison's folder; run folders are `out/VARIANT/seed-N`.
         jobs: runs at a time, each in a process of its own if more than one; default 1.
+        quiet: show no progress.
         on_run: called with variant, seed and summary after each run.
 
     Returns:
@@ -54,7 +56,7 @@ def compare(
             tasks[folder] = (name, seed, one)
     if jobs == 1:
         for folder, (name, seed, one) in tasks.items():
-            _report(on_run, name, seed, _one(one, folder, quiet=False))
+            _report(on_run, name, seed, _one(one, folder, quiet=quiet))
         return list(tasks)
     # spawned, since forking a process that has used torch's threads can hang
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

@@ -63,7 +63,9 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         relevant = {key: str(value) for key, value in run.config.items() if key not in _INCIDENTAL}
         if run.config["algorithm"] == "backprop":
             # what belongs to BlockProp alone does not tell two runs of backprop apart
-            own = ("form", "penalty", "huber", "h_steps", "h_lr", "h_solver", "h_momentum", "executor", "recompute")
+            own = {"form", "penalty", "huber", "h_steps", "h_lr", "h_solver", "h_momentum", "executor", "recompute"}
+            if run.config["clip"] is None and not run.config["block_lr"]:
+                own |= {"blocks", "split_by"}
             relevant = {key: value for key, value in relevant.items() if key not in own}
         return relevant
 

@@ -156,7 +156,7 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, *, quiet
         augment=settings.augment,
     )
     steps_per_epoch = -(-len(dataset.train) // max(1, settings.batch_size))
-    total_steps = settings.steps or (settings.epochs or 0) * steps_per_epoch
+    total_steps = (settings.epochs or 0) * steps_per_epoch if settings.steps is None else settings.steps
     algo = _algorithm(settings, dataset, total_steps)
     with Progress(settings, quiet=quiet) as progress:
         training = Training(

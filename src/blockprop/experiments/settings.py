@@ -165,14 +165,14 @@ class Settings:
             raise ValueError(
                 f"--block-lr lists {len(self.block_lr)} step sizes for {self.blocks} blocks; expected one per block"
             )
-        epochs = self.epochs if self.epochs or self.steps else _EPOCHS.get(self.data, 5)
+        unsaid = self.epochs is None and self.steps is None
         return replace(
             self,
             model=model,
             optimizer=name,
             lr=lr if self.lr is None else self.lr,
             momentum=momentum if self.momentum is None else self.momentum,
-            epochs=None if self.steps else epochs,
+            epochs=_EPOCHS.get(self.data, 5) if unsaid else self.epochs,
         )
 
     def as_dict(self) -> dict[str, Any]:
