@@ -8,7 +8,7 @@ DEMO_MADE := .venv/.demo
 .PHONY: help install demo test check docs bench clean
 
 help:
-	@echo "make demo   train digits in 4 blocks three ways; prints a table, writes demo/comparison.png"
+	@echo "make demo   train digits in 4 blocks, beside backprop; prints a table, writes demo/comparison.png"
 	@echo "make test   the tests; no network once installed"
 	@echo "make check  ruff, mypy, import-linter"
 	@echo "make docs   the documentation, into site/"
@@ -29,7 +29,8 @@ demo: $(READY)
 		echo "./demo is there and was not made by make demo; move it away first"; exit 1; fi
 	@rm -rf demo
 	@touch $(DEMO_MADE)
-	$(BIN)/blockprop compare --data digits --blocks 4 --depth 5 --width 128 --seeds 0 1 2 --out demo
+	$(BIN)/blockprop compare --data digits --blocks 4 --depth 5 --width 128 --threads 1 --seeds 0 1 2 \
+		--variant backprop --variant exact --variant published --out demo
 	@echo "figure: demo/comparison.png"
 
 test: $(READY)
@@ -45,7 +46,9 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 bench: $(READY)
-	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.threads
 
 clean:
 	@if [ -e $(DEMO_MADE) ]; then rm -rf demo; fi

@@ -143,7 +143,12 @@ def test_solvers_without_a_step_size():
 
 
 @pytest.mark.parametrize(
-    ("x", "y"), [([[1.0]], torch.zeros(1)), (torch.zeros(0, 6), torch.zeros(0)), (torch.zeros(2, 6), [0, 1])]
+    ("x", "y"),
+    [
+        ([[1.0]], torch.zeros(1)),
+        (torch.zeros(2, 6).double(), [0, 1]),
+    ],
+    ids=["inputs", "targets"],
 )
 def test_curvature_refuses_what_a_step_refuses(x, y):
     with pytest.raises(ValueError, match="expected"):

@@ -128,10 +128,10 @@ def test_autocast_is_the_same_in_repetitions():
 
 
 def test_an_exception_leaves_the_generator_as_it_was():
-    evaluation = Evaluation(noisy(), torch.randn(2, 4))
+    evaluation, misfit = Evaluation(noisy(), torch.randn(2, 4)), torch.randn(2, 5)
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError):
-        evaluation(torch.randn(2, 5))
+        evaluation(misfit)
     assert torch.equal(torch.get_rng_state(), state)
     evaluation(torch.randn(2, 4))  # and the lock is free
 

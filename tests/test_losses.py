@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 import blockprop
 from blockprop import OutputLoss
@@ -17,31 +17,31 @@ LABELS = torch.tensor([0, 1, 2, 1])
 @pytest.mark.parametrize("ignored", [-100, 1])
 def test_the_mean_is_torchs_mean_for_every_reduction(reduction, weight, ignored):
     mean, count = OutputLoss(nn.CrossEntropyLoss(weight, reduction=reduction, ignore_index=ignored))(OUT, LABELS)
-    torch.testing.assert_close(mean, F.cross_entropy(OUT, LABELS, weight, ignore_index=ignored))
-    total = F.cross_entropy(OUT, LABELS, weight, ignore_index=ignored, reduction="sum")
+    torch.testing.assert_close(mean, functional.cross_entropy(OUT, LABELS, weight, ignore_index=ignored))
+    total = functional.cross_entropy(OUT, LABELS, weight, ignore_index=ignored, reduction="sum")
     assert float(mean) * count == pytest.approx(float(total), rel=1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nll_and_label_smoothing(reduction):
     mean, count = OutputLoss(nn.NLLLoss(reduction=reduction))(OUT.log_softmax(1), LABELS)
-    torch.testing.assert_close(mean, F.cross_entropy(OUT, LABELS))
+    torch.testing.assert_close(mean, functional.cross_entropy(OUT, LABELS))
     assert count == 4
     mean, _ = OutputLoss(nn.CrossEntropyLoss(label_smoothing=0.1, reduction=reduction))(OUT, LABELS)
-    torch.testing.assert_close(mean, F.cross_entropy(OUT, LABELS, label_smoothing=0.1))
+    torch.testing.assert_close(mean, functional.cross_entropy(OUT, LABELS, label_smoothing=0.1))
 
 
 def test_probabilities_as_targets():
     soft = OUT.softmax(1)
     mean, count = OutputLoss(nn.CrossEntropyLoss())(OUT, soft)
-    torch.testing.assert_close(mean, F.cross_entropy(OUT, soft))
+    torch.testing.assert_close(mean, functional.cross_entropy(OUT, soft))
     assert count == 4
     assert OutputLoss(nn.CrossEntropyLoss()).correct(OUT, soft) is None
 
 
 def test_classes_second_or_last():
     outputs, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-    expected = F.cross_entropy(outputs.flatten(0, 1), labels.flatten())
+    expected = functional.cross_entropy(outputs.flatten(0, 1), labels.flatten())
     for given, class_dim in ((outputs, None), (outputs, -1), (outputs.movedim(-1, 1), None), (outputs.mT, 1)):
         mean, count = OutputLoss(nn.CrossEntropyLoss(), class_dim)(given, labels)
         torch.testing.assert_close(mean, expected)
@@ -55,9 +55,9 @@ def test_an_ambiguous_class_dimension_is_asked_for():
     with pytest.raises(ValueError, match="class_dim"):
         OutputLoss(nn.CrossEntropyLoss())(outputs, labels)
     last, _ = OutputLoss(nn.CrossEntropyLoss(), class_dim=-1)(outputs, labels)
-    torch.testing.assert_close(last, F.cross_entropy(outputs.mT, labels))
+    torch.testing.assert_close(last, functional.cross_entropy(outputs.mT, labels))
     second, _ = OutputLoss(nn.CrossEntropyLoss(), class_dim=1)(outputs, labels)
-    torch.testing.assert_close(second, F.cross_entropy(outputs, labels))
+    torch.testing.assert_close(second, functional.cross_entropy(outputs, labels))
 
 
 def test_correct_counts_predictions():
@@ -69,7 +69,7 @@ def test_correct_counts_predictions():
 
 
 def test_functions_count_examples():
-    mean, count = OutputLoss(F.mse_loss)(OUT, OUT + 2)
+    mean, count = OutputLoss(functional.mse_loss)(OUT, OUT + 2)
     assert (float(mean), count) == (4.0, 4.0)
     mean, count = OutputLoss(lambda a, b: (a - b).square().sum(1))(OUT, OUT + 2)
     assert (float(mean), count) == (12.0, 4.0)
@@ -94,7 +94,7 @@ def test_an_ignored_label_need_not_be_a_class():
     labels = torch.tensor([0, -100, 2, 1])
     mean, count = OutputLoss(nn.CrossEntropyLoss())(OUT, labels)
     assert count == 3
-    torch.testing.assert_close(mean, F.cross_entropy(OUT, labels))
+    torch.testing.assert_close(mean, functional.cross_entropy(OUT, labels))
 
 
 def test_it_is_exported():

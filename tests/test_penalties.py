@@ -16,7 +16,7 @@ def squares(a, b):
 PENALTIES = [Squared(), Squared(0.3), Huber(0.7, 0.4), Custom(squares)]
 
 
-@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
+@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda penalty: type(penalty).__name__)
 @pytest.mark.parametrize("shape", [(3,), (2, 4), (2, 3, 5)])
 def test_a_value_per_example_zero_at_equality_and_positive_elsewhere(penalty, shape):
     output = torch.randn(4, *shape, dtype=torch.float64)

@@ -23,8 +23,14 @@ def dataset(n=50):
 def algorithm(make=blockprop.BlockProp, dropout=0.3, **settings):
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
-    )  # fmt: skip
+        nn.Linear(6, 16),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(16, 16),
+        nn.ReLU(),
+        nn.Linear(16, 4),
+    )
     return make(
         blockprop.split(model, 3),
         nn.CrossEntropyLoss(),
@@ -60,9 +66,15 @@ def test_score_is_the_mean_over_all_examples_whatever_the_batch():
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop, make, accumulate):
     def training(folder, steps, **more):
         return Training(
-            algorithm(make, accumulate=accumulate), dataset(), batch_size=16, steps=steps, log_every=2,
-            metrics=Metrics(folder / "metrics.jsonl"), checkpoints=Checkpoints(folder), **more,
-        )  # fmt: skip
+            algorithm(make, accumulate=accumulate),
+            dataset(),
+            batch_size=16,
+            steps=steps,
+            log_every=2,
+            metrics=Metrics(folder / "metrics.jsonl"),
+            checkpoints=Checkpoints(folder),
+            **more,
+        )
 
     whole = training(tmp_path / "whole", 13)
     whole.run()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blockprop.blocks import Blocks
+from blockprop.errors import first_line
 from blockprop.executors import EXECUTORS, Executor, StepReport
 from blockprop.executors.executor import check_finite
 from blockprop.forms import Form, FormName, form_named
@@ -56,6 +57,8 @@ def _place(blocks: Blocks, devices: Sequence[str | torch.device] | None) -> None
     """Move block k to device k; fewer devices than blocks hold consecutive blocks each."""
     if devices is None:
         return
+    if isinstance(devices, str) or not isinstance(devices, Sequence):
+        raise ValueError(f"devices is {devices!r}; expected a list, such as ['cuda:0', 'cuda:1']")
     if not isinstance(blocks, Blocks) or not devices or len(devices) > len(blocks):
         raise ValueError(f"devices lists {len(devices)} devices; expected at least 1 and at most one per block")
     for k, block in enumerate(blocks):
@@ -63,15 +66,17 @@ def _place(blocks: Blocks, devices: Sequence[str | torch.device] | None) -> None
         try:
             block.to(torch.device(name))
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"device {str(name)!r} cannot be used: {first_line(error)}") from error
 
 
-def _check_batch(inputs: Tensor, targets: Tensor) -> None:
+def check_batch(inputs: Tensor, targets: Tensor) -> None:
     for name, value in (("inputs", inputs), ("targets", targets)):
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor with one row per example")
         if value.ndim == 0 or len(value) == 0:
             raise ValueError(f"{name} has no rows; expected at least one example")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} hold NaN or infinity; expected finite numbers: check the data")
     if len(inputs) != len(targets):
         raise ValueError(f"{len(inputs)} inputs with {len(targets)} targets; expected as many of both")
 
@@ -177,6 +182,8 @@ class BlockProp(_Trained):
         self.executor = _executor(executor)
         self.loss = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
         self.links = _links(self.form, penalty, h_solver, len(blocks) - 1)
+        if precision is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
+            raise ValueError(f"precision is {precision!r}; expected a floating-point dtype such as torch.bfloat16")
         self.precision = precision
         self.stages = self._stages(precision)
 
@@ -218,13 +225,19 @@ class BlockProp(_Trained):
         return self._run(inputs, targets, update=False)
 
     def _run(self, inputs: Tensor, targets: Tensor, *, update: bool) -> StepReport:
-        _check_batch(inputs, targets)
+        check_batch(inputs, targets)
+        before = [[parameter.grad for parameter in wstep.parameters] for wstep in self.wsteps]
+        calls = [wstep.calls for wstep in self.wsteps]
         try:
             with torch.enable_grad():
                 return self.executor.step(self.stages, inputs, targets, update=update, recompute=self.recompute)
         except BaseException:
-            for wstep in self.wsteps:
-                wstep.forget()
+            # as if the step had not been tried, except in blocks that had already moved
+            for wstep, saved, count in zip(self.wsteps, before, calls, strict=True):
+                moved = wstep.calls != count and wstep.calls % wstep.accumulate == 0
+                wstep.calls = wstep.calls if moved else count
+                for parameter, gradient in zip(wstep.parameters, saved, strict=True):
+                    parameter.grad = None if moved else gradient
             raise
 
     def close(self) -> None:
@@ -246,14 +259,21 @@ def backprop_gradient(
     Raises:
         ValueError: an empty batch, labels out of range, a loss that is not finite.
     """
-    _check_batch(inputs, targets)
+    check_batch(inputs, targets)
     h = inputs
     with torch.enable_grad():
-        for block in blocks:
+        for k, block in enumerate(blocks, 1):
             parameter = next(block.parameters(), None)
             h = h if parameter is None else h.to(parameter.device)
-            with torch.autocast(h.device.type, precision, enabled=precision is not None):
-                h = block(h)
+            try:
+                with torch.autocast(h.device.type, precision, enabled=precision is not None):
+                    h = block(h)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, IndexError) as error:
+                raise ValueError(
+                    f"block {k} failed on an input of shape {list(h.shape)} and type {h.dtype}: {first_line(error)}"
+                ) from error
         mean, _ = loss(h.float() if h.dtype == torch.bfloat16 else h, targets.to(h.device))
         value = check_finite(mean)
         parameters = [parameter for wstep in wsteps for parameter in wstep.parameters]
@@ -319,6 +339,10 @@ Algorithm = BlockProp | Backprop
 
 def _executor(given: str | Executor) -> Executor:
     if not isinstance(given, str):
+        if not callable(getattr(given, "step", None)):
+            raise ValueError(
+                f"executor is a {type(given).__name__}; expected one of {', '.join(EXECUTORS)}, or an executor"
+            )
         return given
     if given not in EXECUTORS:
         raise ValueError(f"unknown executor {given!r}; expected one of {', '.join(EXECUTORS)}")
@@ -335,6 +359,10 @@ def _links(
     if isinstance(h_solver, Sequence) and len(h_solver) != links:
         raise ValueError(f"h_solver lists {len(h_solver)} solvers for {links} links; give one, or one per link")
     given = list(h_solver) if isinstance(h_solver, Sequence) else [h_solver] * links
+    for solver in given:
+        if solver is not None and (isinstance(solver, type) or not callable(getattr(solver, "solve", None))):
+            name = solver.__name__ if isinstance(solver, type) else type(solver).__name__
+            raise ValueError(f"h_solver is a {name}; expected a solver, such as blockprop.GradientDescent(steps=2)")
     solvers = [
         form.solver(penalty) if solver is None else solver.on(penalty)
         for solver, penalty in zip(given, penalties, strict=True)

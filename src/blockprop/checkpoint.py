@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from blockprop.errors import first_line
+
 __all__ = ["Checkpoints", "load_state", "save_state", "write_atomically"]
 
 
@@ -30,7 +32,8 @@ def _encode(node: Any, tensors: dict[str, Tensor]) -> Any:
             # pairs, since an optimizer's state has whole numbers for keys
             return {"dict": [[key, _encode(value, tensors)] for key, value in node.items()]}
         case list() | tuple():
-            return {type(node).__name__: [_encode(value, tensors) for value in node]}
+            kind = "tuple" if isinstance(node, tuple) else "list"  # a torch.Size is a tuple
+            return {kind: [_encode(value, tensors) for value in node]}
         case _:
             raise ValueError(
                 f"cannot write a {type(node).__name__} into a checkpoint; expected tensors, numbers, strings, "
@@ -100,7 +103,7 @@ def load_state(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"checkpoint {path} is damaged ({str(error).splitlines()[0]}); remove it to resume from the one before"
+            f"checkpoint {path} is damaged ({first_line(error)}); remove it to resume from the one before"
         ) from error
     if not {"state", "sha256"} <= metadata.keys():
         raise ValueError(f"{path} is not a checkpoint of a run; expected one from a run's checkpoints folder")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from blockprop.errors import first_line
+
 __all__ = ["count_flops", "count_weights", "measure_seconds"]
 
 
@@ -40,7 +42,7 @@ def _walk(
             except (RuntimeError, IndexError) as error:
                 raise ValueError(
                     f"layer {name!r} ({type(layer).__name__}) does not take an input of shape {list(h.shape)} and "
-                    f"type {h.dtype}: {str(error).splitlines()[0]}"
+                    f"type {h.dtype}: {first_line(error)}"
                 ) from error
     return costs
 

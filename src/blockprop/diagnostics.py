@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockprop.algorithm import BlockProp, backprop_gradient
+from blockprop.algorithm import BlockProp, backprop_gradient, check_batch
 from blockprop.gluing import Gluing
 from blockprop.hsolvers import Backtracking, GradientDescent
 from blockprop.objective import CurvatureProduct, GluingProblem
@@ -110,6 +110,7 @@ def curvature(algo: BlockProp, inputs: Tensor, targets: Tensor, iterations: int 
     Raises:
         ValueError: as in `BlockProp.step`.
     """
+    check_batch(inputs, targets)
     products: list[float] = []
     with _untouched(algo), torch.enable_grad():
         evaluations, h = [], inputs

@@ -55,6 +55,11 @@ class Form:
                     f"{_name(penalty)} with {_name(solver)}; use form='proximal'"
                 )
 
+        if self.name == "rescaled" and not all(scale > 0 for scale in self.scales(solvers, penalties)):
+            raise ValueError(
+                "form 'rescaled' divides by 1 - (1 - 2λγ_h)^N_h, which is not positive here; expected 2λγ_h below 2"
+            )
+
     def scales(self, solvers: Sequence[HSolver], penalties: Sequence[Penalty]) -> list[float]:
         """By what each block's gradients are divided: Π_{j≥k} of the links' scales for block k, bottom first.
 

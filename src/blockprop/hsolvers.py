@@ -58,13 +58,23 @@ class HSolver(Protocol):
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ValueError(f"{name} is {value}; expected a positive finite number")
 
 
 def _check_steps(steps: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"h-steps is {steps}; expected a whole number of at least 1")
+
+
+def _check_tolerance(value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"tolerance is {value}; expected a finite number of at least 0")
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value}; expected a whole number of at least 1")
 
 
 def _step_size(lr: float | None, penalty: Penalty) -> float:
@@ -104,6 +114,7 @@ class GradientDescent:
             _check_positive("h-lr (γ_h)", self.lr)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"h-momentum is {self.momentum}; expected a number in [0, 1)")
+        _check_tolerance(self.tolerance)
 
     @property
     def evaluates(self) -> bool:
@@ -134,7 +145,10 @@ class GradientDescent:
         value, gradient = problem.gradient_at_anchor()
         if self.steps == 1:
             # nothing to compare with: no norm is worth computing
-            return Solution(displacement - self.lr * gradient, 1, 1.0, False, True)
+            moved = displacement - self.lr * gradient
+            if not torch.isfinite(moved.sum()):
+                return Solution(displacement, 0, float("inf"), False, False)
+            return Solution(moved, 1, 1.0, False, True)
         first_value, norm = float(value), _norm(gradient)
         first_norm, last_value, last_norm = norm, first_value, norm
         stable, taken, best = True, 0, displacement
@@ -193,6 +207,8 @@ class Backtracking:
             _check_positive("h-lr (γ_h)", self.lr)
         if not 0 < self.decrease < 1:
             raise ValueError(f"decrease is {self.decrease}; expected a number in (0, 1)")
+        _check_count("halvings", self.halvings)
+        _check_tolerance(self.tolerance)
 
     @property
     def evaluates(self) -> bool:
@@ -253,8 +269,7 @@ class GaussNewton:
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        if self.iterations < 1:
-            raise ValueError(f"conjugate gradient iterations are {self.iterations}; expected at least 1")
+        _check_count("conjugate gradient iterations", self.iterations)
         _check_positive("tolerance", self.tolerance)
 
     @property
@@ -270,14 +285,14 @@ class GaussNewton:
         """Take the steps; a direction of non-positive curvature ends the iterations where they stand."""
         displacement = problem.zero()
         value, gradient = problem.gradient_at_anchor()
-        taken, residual, stable = 0, 1.0, True
+        taken, residual, stable, best = 0, 1.0, True, displacement
         for _ in range(self.steps):
             if taken:
                 previous = value
                 value, gradient = problem.gradient(displacement)
                 if not value <= previous + _slack(float(previous)):
-                    stable = False
-                    break
+                    return Solution(best, taken - 1, residual, False, False)
+                best = displacement
             matrix = problem.curvature_product(displacement)
             move, residual = self._conjugate_gradients(matrix, -gradient, problem.evaluation.coupled)
             if not torch.isfinite(move).all():

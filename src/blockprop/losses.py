@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from blockprop.errors import first_line
+
 __all__ = ["OutputLoss"]
 
 
@@ -64,14 +66,18 @@ class OutputLoss:
         if indices:
             outputs = _classes_second(outputs, targets, self.class_dim)
             self._check_labels(outputs.shape[1], targets)
-        count = self._count(targets) if indices else float(len(targets))
         try:
+            count = self._count(targets) if indices else float(len(targets))
             value = self.loss(outputs, targets)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise ValueError(
                 f"the loss does not take outputs {list(outputs.shape)} with targets {list(targets.shape)} "
-                f"of {targets.dtype}: {str(error).splitlines()[0]}"
+                f"of {targets.dtype}: {first_line(error)}"
             ) from error
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"the loss returned a {type(value).__name__}; expected a tensor, as nn.CrossEntropyLoss() does"
+            )
         if value.ndim > 0 or self.reduction == "sum":
             value = value.sum() / count
         return value, count

@@ -20,8 +20,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a {type(row).__name__}")
+            rows.append(row)
+        except ValueError as error:
             if number < len(lines):
                 raise ValueError(f"{path} line {number} is not JSON; expected one object a line") from error
     return rows
@@ -39,6 +42,9 @@ class Metrics:
     def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
         self.path = path
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+            # a crash cut the last line: a row written behind it would be lost with it
+            write_atomically(path, content[: content.rfind(b"\n") + 1])
         self._file = path.open("a", encoding="utf-8")
         self._board = _summary_writer(tensorboard)
 

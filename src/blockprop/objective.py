@@ -9,11 +9,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockprop.evaluation import Evaluation
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
-from blockprop.penalties import Penalty
+from blockprop.penalties import Huber, Penalty
 
 __all__ = ["GluingProblem", "LossTerm", "PenaltyTerm", "UpperTerm"]
 
@@ -127,7 +128,8 @@ class CurvatureProduct:
 
     def __init__(self, problem: GluingProblem, displacement: Tensor | None) -> None:
         start = problem.zero() if displacement is None else displacement.detach()
-        with torch.enable_grad():
+        # the fused attention kernels cannot be differentiated twice
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self._input = (problem.anchor + start).to(problem.anchor.dtype).requires_grad_()
             self._output = problem.evaluation(self._input)
             self._cotangent = torch.zeros_like(self._output, requires_grad=True)
@@ -137,6 +139,7 @@ class CurvatureProduct:
             mean, count = problem.upper.mean(self._leaf)
             (slope,) = torch.autograd.grad(mean * count, self._leaf, create_graph=True)
             self._slope = slope
+            self._majoriser = problem.penalty.majoriser(start) if isinstance(problem.penalty, Huber) else None
             self._displacement = start.clone().requires_grad_()
             held = problem.penalty(Gluing(problem.anchor, self._displacement, count), problem.anchor).sum()
             (self._held_slope,) = torch.autograd.grad(held, self._displacement, create_graph=True)
@@ -146,6 +149,8 @@ class CurvatureProduct:
         (pushed,) = torch.autograd.grad(self._pulled, self._cotangent, vector.to(self._pulled.dtype), retain_graph=True)
         curved = _derivative(self._slope, self._leaf, pushed)
         (pulled,) = torch.autograd.grad(self._output, self._input, curved, retain_graph=True)
+        if self._majoriser is not None:
+            return pulled.to(vector.dtype) + self._majoriser * vector
         return pulled.to(vector.dtype) + _derivative(self._held_slope, self._displacement, vector)
 
 

@@ -35,7 +35,7 @@ def _per_example(values: Tensor) -> Tensor:
 
 
 def _check_weight(weight: float) -> None:
-    if not 0 < weight < float("inf"):
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise ValueError(f"penalty weight λ is {weight}; expected a positive finite number")
 
 
@@ -94,6 +94,10 @@ class Huber:
         """2λ, the curvature within δ."""
         return 2 * self.weight
 
+    def majoriser(self, displacement: Tensor) -> Tensor:
+        """Curvature of the parabola above the penalty that touches it there; its own is 0 beyond δ."""
+        return 2 * self.weight * (self.delta / displacement.abs().clamp_min(self.delta))
+
     def __call__(self, gluing: Gluing, output: Tensor) -> Tensor:
         """The Huber penalty per example, shape [N]."""
         residual = gluing.residual(output)
@@ -147,9 +151,13 @@ class Custom:
             raise ValueError(
                 f"penalty is {at_equality.max().item():.3g} where both arguments are equal; expected 0 there"
             )
-        apart = self(Gluing(output, zero + 1, 1.0), output)
-        if (apart == 0).any():
-            raise ValueError("penalty is 0 although its arguments differ; expected zero only at equality")
+        for step in (1, -1):
+            with torch.enable_grad():
+                apart = self(Gluing(output, (zero + step).requires_grad_(), 1.0), output)
+            if (apart == 0).any():
+                raise ValueError("penalty is 0 although its arguments differ; expected zero only at equality")
+            if not apart.requires_grad:
+                raise ValueError("penalty is not differentiable; expected torch operations on h* and the output only")
 
 
 PenaltyLike = float | Penalty | Callable[[Tensor, Tensor], Tensor]
@@ -162,9 +170,9 @@ def _penalty(given: PenaltyLike) -> Penalty:
         return Squared(float(given))
     if isinstance(given, Squared | Huber | Custom):
         return given
-    if isinstance(given, Penalty):
+    if isinstance(given, Penalty) and not isinstance(given, type):
         return given
-    if callable(given):
+    if callable(given) and not isinstance(given, type):
         return Custom(given)
     raise ValueError(f"penalty is a {type(given).__name__}; expected λ, a Penalty, or a callable l(h*, output) -> [N]")
 

@@ -52,12 +52,19 @@ def split(
     """
     if not isinstance(model, nn.Sequential):
         model = _sequential(model)
+    if not _plain(model):
+        raise ValueError(
+            f"the model, a {type(model).__name__}, has a forward of its own or a hook, which a cut would lose; "
+            "expected a plain nn.Sequential (put it into one to keep it whole)"
+        )
     layers = _flatten(model)
     if not layers:
         raise ValueError("the model is empty; expected an nn.Sequential with at least one module")
     if (blocks is None) == (at is None):
         raise ValueError("give either the number of blocks, split(model, 4), or names, split(model, at=['layer3'])")
     if at is not None:
+        if isinstance(at, str):
+            at = [at]
         starts = _named_starts(layers, at)
         return _cut(model, layers, starts, "names", None)
     assert blocks is not None
@@ -91,14 +98,20 @@ def _sequential(model: object) -> nn.Sequential:
 def _flatten(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
     """The modules that are applied in turn, by their names in the model."""
     layers: list[tuple[str, nn.Module]] = []
-    for name, child in model.named_children():
-        # a subclass with a forward of its own, or one that is hooked, is more than its children in turn
-        plain = type(child).forward is nn.Sequential.forward if isinstance(child, nn.Sequential) else False
-        if plain and not (child._forward_hooks or child._forward_pre_hooks):
-            layers += _flatten(child, f"{prefix}{name}.")  # type: ignore[arg-type]
+    # not named_children(), which leaves out the second occurrence of a module
+    for name, child in model._modules.items():
+        if child is None:
+            raise ValueError(f"module {prefix + name!r} of the model is None; expected a module")
+        if isinstance(child, nn.Sequential) and _plain(child):
+            layers += _flatten(child, f"{prefix}{name}.")
         else:
             layers.append((prefix + name, child))
     return layers
+
+
+def _plain(model: nn.Sequential) -> bool:
+    """Whether it is its children in turn and nothing more: no forward of its own, no hooks."""
+    return type(model).forward is nn.Sequential.forward and not (model._forward_hooks or model._forward_pre_hooks)
 
 
 def _units(layers: Sequence[tuple[str, nn.Module]]) -> list[int]:
@@ -158,22 +171,27 @@ def balanced(costs: Sequence[float], blocks: int) -> list[int]:
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
-    # best[j]: the best cut of the first j layers into the groups so far, as (dearest, squares, beginnings)
-    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
+    # first the dearest group alone: the most even beginning need not be the beginning of the most even cut
+    dearest: dict[int, float] = {0: 0.0}
     for k in range(1, blocks + 1):
-        best = {
-            end: min(
-                (
-                    max(dearest, sums[end] - sums[start]),
-                    squares + (sums[end] - sums[start]) ** 2,
-                    [*begins, start],
-                )
-                for start, (dearest, squares, begins) in best.items()
-                if start < end
-            )
+        dearest = {
+            end: min(max(value, sums[end] - sums[start]) for start, value in dearest.items() if start < end)
             for end in range(k, len(costs) - blocks + k + 1)
         }
-    return best[len(costs)][2]
+    limit = dearest[len(costs)]
+    # best[j]: the best cut of the first j layers into the groups so far, none above it, as (squares, beginnings)
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for k in range(1, blocks + 1):
+        cuts = {
+            end: [
+                (squares + (sums[end] - sums[start]) ** 2, [*begins, start])
+                for start, (squares, begins) in best.items()
+                if start < end and sums[end] - sums[start] <= limit
+            ]
+            for end in range(k, len(costs) - blocks + k + 1)
+        }
+        best = {end: min(found) for end, found in cuts.items() if found}
+    return best[len(costs)][1]
 
 
 def _cut(

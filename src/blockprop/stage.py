@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blockprop.errors import first_line
 from blockprop.evaluation import Evaluation
 from blockprop.forms import Form
 from blockprop.gluing import Gluing
@@ -117,7 +118,7 @@ class Stage:
         except (RuntimeError, IndexError) as error:
             raise ValueError(
                 f"block {self.index} failed on an input of shape {list(inputs.shape)} and type {inputs.dtype}: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
         if isinstance(self.above, Link) and not evaluation.output.is_floating_point():
             raise ValueError(
@@ -179,7 +180,8 @@ class Stage:
         """
         at_forward = self.form.at_forward or feedback is None
         if at_forward:
-            output = evaluation.with_graph().output
+            # without parameters there is no graph to rebuild, and nothing to take a gradient of
+            output = evaluation.with_graph().output if self.wstep.parameters else evaluation.output
         else:
             assert feedback is not None
             with torch.enable_grad():

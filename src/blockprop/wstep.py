@@ -35,17 +35,19 @@ class WStep:
         clip: float | None = None,
         accumulate: int = 1,
     ) -> None:
-        if clip is not None and not 0 < clip < float("inf"):
+        if clip is not None and not (isinstance(clip, int | float) and 0 < clip < float("inf")):
             raise ValueError(f"clip is {clip}; expected a positive finite gradient norm, or None")
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate is {accumulate}; expected a whole number of at least 1")
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.optimizer = optimizer(self.parameters) if self.parameters else None
-        if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
+        if self.parameters and not isinstance(self.optimizer, Optimizer):
             raise ValueError(
                 f"optimizer made a {type(self.optimizer).__name__}; expected a function from parameters to a "
                 "torch.optim optimizer, such as lambda params: torch.optim.SGD(params, lr=0.1)"
             )
+        if scheduler is not None and not callable(scheduler):
+            raise ValueError(f"scheduler is a {type(scheduler).__name__}; expected a function from an optimizer to one")
         self.scheduler = scheduler(self.optimizer) if scheduler and self.optimizer else None
         self.clip = clip
         self.accumulate = accumulate
@@ -54,9 +56,14 @@ class WStep:
     def add(self, gradients: Sequence[Tensor | None], divide_by: float = 1.0) -> None:
         """Take the gradients of one batch, one per parameter, each divided by `divide_by`, onto `.grad`."""
         divisor = divide_by * self.accumulate
+        seen: set[int] = set()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is None:
                 continue
+            # autograd.grad may hand out one tensor twice, or one expanded from a scalar; clipping writes into them
+            if gradient.data_ptr() in seen or not gradient.is_contiguous():
+                gradient = gradient.clone(memory_format=torch.contiguous_format)  # noqa: PLW2901
+            seen.add(gradient.data_ptr())
             if divisor != 1:
                 gradient = gradient / divisor  # noqa: PLW2901
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

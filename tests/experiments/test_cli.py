@@ -69,6 +69,7 @@ def test_a_text_of_the_users_own(tmp_path):
     text.write_text("to be or not to be, that is the question. " * 200)
     out = tmp_path / "run"
     arguments = ["--context", "16", "--width", "32", "--depth", "2", "--steps", "5", "--quiet"]
+    arguments += ["--diagnose-every", "2", "--form", "proximal", "--h-solver", "gauss-newton"]
     assert main(["train", "--data", str(text), *arguments, "--out", str(out)]) == 0
     assert json.loads((out / "summary.json").read_text())["model"] == "gpt"
 
