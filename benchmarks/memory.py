@@ -186,7 +186,7 @@ def main() -> None:
     if given.worker:
         work(given.worker)
         return
-    repeats, rounds = (1, 3) if given.quick else (3, 6)
+    repeats, rounds = (1, 3) if given.quick else (2, 5)
     data = {workload.title: of_workload(name, repeats, rounds) for name, workload in WORKLOADS.items()}
     body = [
         f"One training step at K = {K} on one thread, exact form, SGD. The peak is that of activations, gradients "

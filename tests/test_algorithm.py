@@ -360,3 +360,19 @@ def test_an_exception_in_a_thread_is_raised_and_nothing_hangs():
         algo.step(*batch())
     assert all(p.grad is None for wstep in algo.wsteps for p in wstep.parameters)
     algo.close()
+
+
+@pytest.mark.parametrize("K", [2, 4, 5])
+def test_exact_form_is_backprop_bit_for_bit_where_no_factor_rounds(K):
+    """λ = 1 and a batch of 2^n predictions: the h-step's scale and its inverse are powers of two."""
+    states = []
+    for make in (blockprop.BlockProp, blockprop.Backprop):
+        torch.manual_seed(3)
+        model = mlp(depth=5, drop=lambda: nn.Dropout(0.3), norm=lambda: nn.BatchNorm1d(12)).float()
+        algo = make(blockprop.split(model, K), CE, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+        for _ in range(10):
+            x, y = batch(32)
+            algo.step(x.float(), y)
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
