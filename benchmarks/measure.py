@@ -207,7 +207,7 @@ def publish(module: str, given: argparse.Namespace, title: str, body: Sequence[s
         "seed": SEED,
         "versions": f"blockprop {blockprop.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "processor": f"{_processor()}, {os.cpu_count()} cores",
-        "load average (1 min)": f"{_LOAD_BEFORE[0]:.1f} before, {os.getloadavg()[0]:.1f} after; these runs are in the latter",
+        "load average (1 min)": f"{_LOAD_BEFORE[0]:.1f} before, {os.getloadavg()[0]:.1f} after (with these runs)",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     made = table(["", ""], [[key, f"`{value}`" if key == "command" else value] for key, value in facts.items()])

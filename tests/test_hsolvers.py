@@ -11,7 +11,7 @@ from torch import nn
 from blockprop import Backtracking, GaussNewton, GradientDescent, Huber, OutputLoss, Squared
 from blockprop.evaluation import Evaluation
 from blockprop.gluing import Gluing
-from blockprop.objective import GluingProblem, LossTerm, PenaltyTerm
+from blockprop.objective import GluingProblem, LossTerm, PenaltyTerm, Root
 from blockprop.penalties import Custom
 
 
@@ -223,7 +223,8 @@ def test_an_overflow_is_undone(steps, lr):
 
 def test_a_single_step_that_overflows_is_undone():
     large = make(inside=True, dtype=torch.float32)
-    large.know_anchor(torch.tensor(1.0), torch.full((5, 4), 10.0))
+    root = Root(torch.tensor(1.0), None, torch.tensor(1.0), 1.0)
+    large.know_anchor(root, torch.full((5, 4), 10.0))
     solution = GradientDescent(1, 3e38).solve(large)
     assert solution.displacement.isfinite().all()
     assert not solution.stable

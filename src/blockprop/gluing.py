@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["Gluing"]
@@ -43,6 +44,7 @@ class Gluing:
         dtype = self.displacement.dtype
         return self.displacement + (self.anchor.to(dtype) - output.to(dtype))
 
-    def squared_norm(self) -> Tensor:
-        """The batch's mean of ‖h* - anchor‖² per example, without λ: a scalar tensor."""
-        return self.displacement.square().sum() / self.displacement.shape[0]
+    def squared_sum(self) -> Tensor:
+        """‖h* - anchor‖² summed over the batch, without λ: a scalar tensor."""
+        flat = self.displacement.flatten()
+        return torch.dot(flat, flat)

@@ -141,14 +141,14 @@ class GradientDescent:
     def solve(self, problem: GluingProblem) -> Solution:
         """Take the steps; a step that leaves the finite numbers is undone and ends the solve."""
         assert self.lr is not None, "call on(penalty) first"
-        displacement, velocity = problem.zero(), problem.zero()
         value, gradient = problem.gradient_at_anchor()
         if self.steps == 1:
             # nothing to compare with: no norm is worth computing
-            moved = displacement - self.lr * gradient
+            moved = -self.lr * gradient
             if not torch.isfinite(moved.sum()):
-                return Solution(displacement, 0, float("inf"), False, False)
+                return Solution(problem.zero(), 0, float("inf"), False, False)
             return Solution(moved, 1, 1.0, False, True)
+        displacement, velocity = problem.zero(), problem.zero()
         first_value, norm = float(value), _norm(gradient)
         first_norm, last_value, last_norm = norm, first_value, norm
         stable, taken, best = True, 0, displacement

@@ -4,6 +4,7 @@ Both are made of the same *upper term*: the penalty of the link above the block,
 block is the last. L_k adds the penalty that holds h_k to its anchor. Indices: n example, N batch size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,9 +15,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from blockprop.evaluation import Evaluation
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
-from blockprop.penalties import Huber, Penalty
+from blockprop.penalties import Huber, Penalty, Squared
 
-__all__ = ["GluingProblem", "LossTerm", "PenaltyTerm", "UpperTerm"]
+__all__ = ["CurvatureProduct", "GluingProblem", "LossTerm", "PenaltyTerm", "Root", "UpperTerm"]
+
+
+@dataclass(frozen=True)
+class Root:
+    """Where backpropagation through a block begins.
+
+    Attributes:
+        tensor: what to differentiate: the term's mean, or the block's output with its gradient in `slope`.
+        slope: the mean's gradient in `tensor`; None where that is 1.
+        mean: the term, mean over predictions, without a graph: a scalar.
+        count: the number of predictions.
+    """
+
+    tensor: Tensor
+    slope: Tensor | None
+    mean: Tensor
+    count: float
+
+    def gradients(self, inputs: Sequence[Tensor], *, keep_graph: bool = False) -> tuple[Tensor | None, ...]:
+        """The mean's gradients in the inputs; None for those it does not depend on."""
+        return torch.autograd.grad(self.tensor, inputs, self.slope, retain_graph=keep_graph, allow_unused=True)
 
 
 class UpperTerm(Protocol):
@@ -24,6 +46,10 @@ class UpperTerm(Protocol):
 
     def mean(self, output: Tensor) -> tuple[Tensor, float]:
         """The term's mean over predictions (a differentiable scalar) and their count; the sum is the product."""
+        ...
+
+    def root(self, output: Tensor) -> Root:
+        """Where the backward pass through the block with this output begins."""
         ...
 
 
@@ -38,6 +64,17 @@ class PenaltyTerm:
         """The penalties' sum divided by the number of predictions, and that number."""
         return self.penalty(self.target, output).sum() / self.target.count, self.target.count
 
+    def root(self, output: Tensor) -> Root:
+        """The output itself, with the penalty's gradient: in closed form for the squared penalty."""
+        count = self.target.count
+        if isinstance(self.penalty, Squared):
+            slope = self.penalty.slope(self.target, output) / count
+            return Root(output, slope.to(output.dtype), self.penalty.weight * self.target.squared_sum() / count, count)
+        leaf = output.detach().requires_grad_()
+        mean, _ = self.mean(leaf)
+        (slope,) = torch.autograd.grad(mean, leaf)
+        return Root(output, slope, mean.detach(), count)
+
 
 @dataclass(frozen=True)
 class LossTerm:
@@ -49,6 +86,11 @@ class LossTerm:
     def mean(self, output: Tensor) -> tuple[Tensor, float]:
         """The mean output loss and the number of predictions."""
         return self.loss(output.float() if output.dtype == torch.bfloat16 else output, self.targets)
+
+    def root(self, output: Tensor) -> Root:
+        """The mean loss."""
+        mean, count = self.mean(output)
+        return Root(mean, None, mean.detach(), count)
 
 
 class GluingProblem:
@@ -77,21 +119,32 @@ class GluingProblem:
         self.anchor = evaluation.input.detach()
         self._at_anchor: tuple[Tensor, Tensor] | None = None
 
-    def zero(self) -> Tensor:
-        """The displacement of the anchor itself: zeros of shape [N, ...], float32 at least."""
-        dtype = torch.promote_types(self.anchor.dtype, torch.float32)
-        return torch.zeros_like(self.anchor, dtype=dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The displacement's dtype: the anchor's, float32 at least."""
+        return torch.promote_types(self.anchor.dtype, torch.float32)
 
-    def know_anchor(self, value: Tensor, gradient: Tensor) -> None:
-        """Take L_k and its gradient at d = 0 from a backward pass that was done for the weights as well."""
-        self._at_anchor = (value, gradient)
+    def zero(self) -> Tensor:
+        """The displacement of the anchor itself: zeros of shape [N, ...]."""
+        return torch.zeros_like(self.anchor, dtype=self.dtype)
+
+    def know_anchor(self, root: Root, slope: Tensor | None) -> None:
+        """Take L_k and its gradient at d = 0 from a backward pass that was done for the weights as well.
+
+        Args:
+            root: where that pass began.
+            slope: the mean's gradient in h_k, shape [N, ...]; None where it does not depend on h_k.
+        """
+        # the h-step works on the sum over predictions: mean x count
+        gradient = self.zero() if slope is None else slope.to(self.dtype) * root.count
+        self._at_anchor = (root.mean * root.count, gradient)
 
     def gradient_at_anchor(self) -> tuple[Tensor, Tensor]:
         """L_k and its gradient at d = 0. The penalty has its minimum there and contributes nothing."""
         if self._at_anchor is None:
-            mean, count = self.upper.mean(self.evaluation.output)
-            (slope,) = torch.autograd.grad(mean, self.evaluation.input, retain_graph=True)
-            self._at_anchor = (mean.detach() * count, slope.to(self.zero().dtype) * count)
+            root = self.upper.root(self.evaluation.output)
+            self.know_anchor(root, root.gradients([self.evaluation.input], keep_graph=True)[0])
+        assert self._at_anchor is not None
         return self._at_anchor
 
     def gradient(self, displacement: Tensor) -> tuple[Tensor, Tensor]:

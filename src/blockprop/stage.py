@@ -153,19 +153,15 @@ class Stage:
         assert self.below is not None, "the first block's input is the data"
         joint = with_gradient and self.form.at_forward
         term = self.term(target)
-        mean, count = term.mean(evaluation.with_graph().output)
+        root = term.root(evaluation.with_graph().output)
         weights = self.wstep.parameters if joint else []
-        slope, *gradients = torch.autograd.grad(
-            mean, [evaluation.input, *weights], retain_graph=not joint, allow_unused=True
-        )
+        slope, *gradients = root.gradients([evaluation.input, *weights], keep_graph=not joint)
         if joint:
             self.wstep.add(gradients, self.scale)
         problem = GluingProblem(evaluation, term, self.below.penalty)
-        # the h-step works on the sum over predictions: mean x count
-        gradient = problem.zero() if slope is None else slope.to(problem.zero().dtype) * count
-        problem.know_anchor(mean.detach() * count, gradient)
+        problem.know_anchor(root, slope)
         solution = self.below.solver.solve(problem)
-        return Feedback(Gluing(problem.anchor, solution.displacement, count), solution, mean.detach())
+        return Feedback(Gluing(problem.anchor, solution.displacement, root.count), solution, root.mean)
 
     def add_gradient(self, evaluation: Evaluation, target: Gluing | Tensor, feedback: Feedback | None = None) -> Tensor:
         """The gradient of J_k (Eqs. 6, 7) on its own, onto the parameters' `.grad` (Algorithm 1, line 8).
@@ -186,11 +182,10 @@ class Stage:
             assert feedback is not None
             with torch.enable_grad():
                 output = evaluation(feedback.gluing.value)
-        mean, _ = self.term(target).mean(output)
+        root = self.term(target).root(output)
         if self.wstep.parameters:
-            gradients = torch.autograd.grad(mean, self.wstep.parameters, allow_unused=True)
-            self.wstep.add(gradients, self.scale)
-        return mean.detach()
+            self.wstep.add(root.gradients(self.wstep.parameters), self.scale)
+        return root.mean
 
     def train(self, evaluation: Evaluation, target: Gluing | Tensor) -> tuple[Tensor, Feedback | None]:
         """The h-step and the gradient of J_k, in as few passes as the form allows.
