@@ -123,3 +123,14 @@ def test_a_displacement_survives_a_coarse_anchor():
     assert torch.equal(link.residual(anchor), torch.full((1, 4), 1e-3))
     assert float(link.squared_sum()) == pytest.approx(4e-6 * len(link.anchor))
     assert torch.equal(link.value, anchor.float() + 1e-3)
+
+
+@pytest.mark.parametrize("at_anchor", [True, False])
+def test_the_squared_penaltys_closed_form_is_its_gradient(at_anchor):
+    anchor = torch.randn(5, 3, dtype=torch.float64)
+    link = Gluing(anchor, torch.randn(5, 3, dtype=torch.float64), 7.0)
+    output = (anchor if at_anchor else anchor + 1).detach().requires_grad_()
+    mean, slope = Squared(0.3).mean_and_slope(link, output)
+    expected = Squared(0.3)(link, output).sum() / 7
+    torch.testing.assert_close(mean, expected.detach())
+    torch.testing.assert_close(slope, torch.autograd.grad(expected, output)[0])

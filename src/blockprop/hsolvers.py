@@ -143,9 +143,9 @@ class GradientDescent:
         assert self.lr is not None, "call on(penalty) first"
         value, gradient = problem.gradient_at_anchor()
         if self.steps == 1:
-            # nothing to compare with: no norm is worth computing
+            # nothing to compare with: the gradient's norm is not worth computing
             moved = -self.lr * gradient
-            if not torch.isfinite(moved.sum()):
+            if not torch.isfinite(torch.dot(moved.flatten(), moved.flatten())):
                 return Solution(problem.zero(), 0, float("inf"), False, False)
             return Solution(moved, 1, 1.0, False, True)
         displacement, velocity = problem.zero(), problem.zero()

@@ -65,9 +65,8 @@ class OutputLoss:
         indices = self.over_classes and not targets.is_floating_point()
         if indices:
             outputs = _classes_second(outputs, targets, self.class_dim)
-            self._check_labels(outputs.shape[1], targets)
         try:
-            count = self._count(targets) if indices else float(len(targets))
+            count = self._count(outputs.shape[1], targets) if indices else float(len(targets))
             value = self.loss(outputs, targets)
         except (RuntimeError, IndexError) as error:
             raise ValueError(
@@ -89,21 +88,24 @@ class OutputLoss:
         outputs = _classes_second(outputs, targets, self.class_dim)
         return int((outputs.argmax(1) == targets).sum())
 
-    def _count(self, targets: Tensor) -> float:
-        valid = targets[targets != self.loss.ignore_index]  # type: ignore[attr-defined]
-        weight: Tensor | None = self.loss.weight  # type: ignore[attr-defined]
-        return float(valid.numel()) if weight is None else float(weight[valid].sum())
-
-    def _check_labels(self, classes: int, targets: Tensor) -> None:
-        valid = targets[targets != self.loss.ignore_index]  # type: ignore[attr-defined]
-        if valid.numel() == 0:
-            raise ValueError("every target of the batch is the loss's ignore_index; expected at least one real label")
-        low, high = valid.aminmax()
+    def _count(self, classes: int, targets: Tensor) -> float:
+        """The loss's own normaliser: how many labels are not ignored, or their weights' sum."""
+        ignored: int = self.loss.ignore_index  # type: ignore[attr-defined]
+        low, high = (int(end) for end in targets.aminmax())
+        if low <= ignored <= high:
+            targets = targets[targets != ignored]
+            if targets.numel() == 0:
+                raise ValueError(
+                    "every target of the batch is the loss's ignore_index; expected at least one real label"
+                )
+            low, high = (int(end) for end in targets.aminmax())
         if low < 0 or high >= classes:
             raise ValueError(
                 f"labels run from {low} to {high} but the network has {classes} outputs; "
                 f"expected labels from 0 to {classes - 1}"
             )
+        weight: Tensor | None = self.loss.weight  # type: ignore[attr-defined]
+        return float(targets.numel()) if weight is None else float(weight[targets].sum())
 
 
 def _classes_second(outputs: Tensor, targets: Tensor, class_dim: int | None) -> Tensor:

@@ -68,8 +68,8 @@ class PenaltyTerm:
         """The output itself, with the penalty's gradient: in closed form for the squared penalty."""
         count = self.target.count
         if isinstance(self.penalty, Squared):
-            slope = self.penalty.slope(self.target, output) / count
-            return Root(output, slope.to(output.dtype), self.penalty.weight * self.target.squared_sum() / count, count)
+            mean, slope = self.penalty.mean_and_slope(self.target, output)
+            return Root(output, slope.to(output.dtype), mean, count)
         leaf = output.detach().requires_grad_()
         mean, _ = self.mean(leaf)
         (slope,) = torch.autograd.grad(mean, leaf)

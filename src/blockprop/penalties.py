@@ -68,12 +68,14 @@ class Squared:
         """λ‖h* - output‖² per example, shape [N]."""
         return self.weight * _per_example(gluing.residual(output).square())
 
-    def slope(self, gluing: Gluing, output: Tensor) -> Tensor:
-        """The gradient in `output`, -2λ(h* - output), in closed form; shape [N, ...]."""
+    def mean_and_slope(self, gluing: Gluing, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean over predictions, a scalar, and its gradient in `output`, -2λ(h* - output) / count, [N, ...]."""
         # at the anchor itself, which is where training asks, the residual is the displacement
         at_anchor = output.data_ptr() == gluing.anchor.data_ptr()
         residual = gluing.displacement if at_anchor else gluing.residual(output.detach())
-        return -2 * self.weight * residual
+        flat = residual.flatten()
+        scale = self.weight / gluing.count
+        return scale * torch.dot(flat, flat), (-2 * scale) * residual
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class WStep:
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
 
     def forget(self) -> None:
         """Drop the gradients taken so far; what a step that failed has left."""
