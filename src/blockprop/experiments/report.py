@@ -159,7 +159,9 @@ def plot(made: Sequence[Group], path: Path, title: str) -> None:
         _gluing(gluing, group, index)
     loss.set(title="training loss", xlabel="epoch", yscale="log")
     validation.set(title=f"validation {measure}" + (" (%)" if accuracy else ""), xlabel="epoch")
-    if accuracy:
+    if not validation.lines:
+        validation.text(0.5, 0.5, "no validation part", ha="center", transform=validation.transAxes)
+    elif accuracy:
         _cut_below_the_plateau(validation)
     test.set(title=f"test {measure}" + (" (%)" if accuracy else "") + ", mean ± sd and every seed")
     test.set_yticks(range(len(made)), [group.label for group in made])
