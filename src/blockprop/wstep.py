@@ -116,4 +116,4 @@ class WStep:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         for parameter, gradient in zip(self.parameters, state["gradients"], strict=True):
-            parameter.grad = gradient
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
