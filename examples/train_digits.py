@@ -25,7 +25,7 @@ for epoch in range(20):
     for ids in batches(len(data.train), 64, seed=0, epoch=epoch):
         inputs, targets = data.train.batch(ids)
         report = algo.step(inputs, targets)
-    print(f"epoch {epoch + 1}: loss {report.loss:.3f}, validation {score(algo, data.validation).accuracy:.1%}")
+    print(f"epoch {epoch + 1}: last loss {report.loss:.3f}, validation {score(algo, data.validation).accuracy:.1%}")
 
 print(f"test {score(algo, data.test).accuracy:.1%}")
 for k, block in enumerate(alignment(algo, inputs, targets), 1):

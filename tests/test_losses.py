@@ -99,3 +99,13 @@ def test_an_ignored_label_need_not_be_a_class():
 
 def test_it_is_exported():
     assert blockprop.OutputLoss is OutputLoss
+
+
+def test_a_column_of_outputs_is_not_paired_with_a_row_of_targets():
+    with pytest.raises(ValueError, match="all with all"):
+        OutputLoss(nn.MSELoss())(torch.zeros(4, 1), torch.zeros(4))
+
+
+def test_a_class_is_not_a_loss():
+    with pytest.raises(ValueError, match="expected an instance: CrossEntropyLoss"):
+        OutputLoss(nn.CrossEntropyLoss)

@@ -133,8 +133,8 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 1, "steps": 1}, "either epochs or steps"),
-        ({}, "either epochs or steps"),
+        ({"epochs": 1, "steps": 1}, "both given"),
+        ({}, "neither epochs nor steps"),
         ({"epochs": 0}, "epochs is 0"),
         ({"steps": -1}, "steps is -1"),
         ({"epochs": 1, "batch_size": 0}, "batch size is 0"),
@@ -157,3 +157,27 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused():
         Training(algorithm(), dataset(), batch_size=16, epochs=1).resume(state)
     with pytest.raises(ValueError, match="lacks algorithm"):
         Training(algorithm(), dataset(), batch_size=16, epochs=1).resume({"model": {}})
+
+
+def test_another_runs_checkpoints_are_not_mixed_with_ones_own(tmp_path):
+    first = Training(algorithm(), dataset(), batch_size=16, epochs=2, checkpoints=Checkpoints(tmp_path))
+    first.run()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    second = Training(algorithm(), dataset(), batch_size=16, epochs=1, checkpoints=Checkpoints(tmp_path))
+    with pytest.raises(ValueError, match="already holds checkpoints up to step-00000006"):
+        second.run()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ((nn.Linear(2, 2), dataset()), {}, "algo is a Linear"),
+        ((algorithm(), (1, 2)), {}, "dataset is a tuple"),
+        ((algorithm(), dataset()), {"metrics": "a.jsonl"}, "metrics is a str"),
+        ((algorithm(), dataset()), {"checkpoints": "a"}, "checkpoints is a str"),
+    ],
+)
+def test_things_of_another_kind(arguments, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Training(*arguments, epochs=1, **settings)

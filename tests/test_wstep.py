@@ -152,3 +152,9 @@ def test_a_state_of_another_block_is_refused():
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         WStep(parameters([1.0]), **{"optimizer": sgd(), **settings})
+
+
+def test_an_optimizer_over_other_parameters_is_refused():
+    block, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="not the block's"):
+        WStep(block.parameters(), lambda params: torch.optim.SGD(other.parameters(), lr=0.1))

@@ -358,6 +358,8 @@ def _links(
     links: int,
 ) -> list[Link]:
     penalties = per_link(penalty, links)
+    if isinstance(h_solver, str):
+        raise ValueError(f"h_solver is {h_solver!r}; expected a solver, such as blockprop.GaussNewton()")
     if isinstance(h_solver, Sequence) and len(h_solver) != links:
         raise ValueError(f"h_solver lists {len(h_solver)} solvers for {links} links; give one, or one per link")
     given = list(h_solver) if isinstance(h_solver, Sequence) else [h_solver] * links

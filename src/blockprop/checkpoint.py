@@ -123,8 +123,8 @@ class Checkpoints:
         keep: how many of the newest to keep, default 2.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str, keep: int = 2) -> None:
+        self.folder = Path(folder)
         self.keep = keep
 
     def paths(self) -> list[Path]:

@@ -40,6 +40,8 @@ class OutputLoss:
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], class_dim: int | None = None) -> None:
         if not callable(loss):
             raise ValueError(f"loss is a {type(loss).__name__}; expected a torch loss such as nn.CrossEntropyLoss()")
+        if isinstance(loss, type):
+            raise ValueError(f"loss is the class {loss.__name__}; expected an instance: {loss.__name__}()")
         if class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim is {class_dim}; expected 1 ([N, C, ...]) or -1 ([N, ..., C])")
         self.loss = loss
@@ -65,6 +67,11 @@ class OutputLoss:
         indices = self.over_classes and not targets.is_floating_point()
         if indices:
             outputs = _classes_second(outputs, targets, self.class_dim)
+        elif targets.is_floating_point() and targets.numel() == outputs.numel() and targets.shape != outputs.shape:
+            raise ValueError(
+                f"outputs {list(outputs.shape)} with targets {list(targets.shape)} would be paired all with all; give "
+                f"targets of shape {list(outputs.shape)}"
+            )
         try:
             count = self._count(outputs.shape[1], targets) if indices else float(len(targets))
             value = self.loss(outputs, targets)

@@ -39,8 +39,8 @@ class Metrics:
             ignored: it is a view of the same numbers.
     """
 
-    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path | str, tensorboard: Path | None = None) -> None:
+        self.path = path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
             # a crash cut the last line: a row written behind it would be lost with it

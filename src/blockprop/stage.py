@@ -120,6 +120,11 @@ class Stage:
                 f"block {self.index} failed on an input of shape {list(inputs.shape)} and type {inputs.dtype}: "
                 f"{first_line(error)}"
             ) from error
+        if not isinstance(evaluation.output, Tensor):
+            raise ValueError(
+                f"block {self.index} gives a {type(evaluation.output).__name__}; expected one tensor: wrap a module "
+                "that returns several, such as an LSTM"
+            )
         if isinstance(self.above, Link) and not evaluation.output.is_floating_point():
             raise ValueError(
                 f"block {self.index} gives {evaluation.output.dtype}; expected a floating-point output, since a "

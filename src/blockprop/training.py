@@ -124,8 +124,20 @@ class Training:
         diagnose_every: int = 0,
         on_step: Callable[["Training"], None] | None = None,
     ) -> None:
-        if (epochs is None) == (steps is None):
-            raise ValueError("give either epochs or steps, not both")
+        if not isinstance(algo, BlockProp | Backprop):
+            raise ValueError(f"algo is a {type(algo).__name__}; expected a BlockProp or a Backprop")
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"dataset is a {type(dataset).__name__}; expected a Dataset, such as "
+                "Dataset.from_tensors((x, y), (x_test, y_test))"
+            )
+        for name, given, kind in (("metrics", metrics, Metrics), ("checkpoints", checkpoints, Checkpoints)):
+            if given is not None and not isinstance(given, kind):
+                raise ValueError(f"{name} is a {type(given).__name__}; expected {kind.__name__}(path), or None")
+        if epochs is not None and steps is not None:
+            raise ValueError("epochs and steps are both given; expected one of the two")
+        if epochs is None and steps is None:
+            raise ValueError("neither epochs nor steps is given; expected one of the two")
         for name, value in (
             ("epochs", epochs),
             ("steps", steps),
@@ -171,8 +183,13 @@ class Training:
 
         Raises:
             ValueError: the loss stopped being finite, or the data do not fit the network; a checkpoint written
-                before stays.
+                before stays. Or the checkpoints' folder already holds those of another run.
         """
+        if self.step == 0 and self.checkpoints and (found := self.checkpoints.paths()):
+            raise ValueError(
+                f"{self.checkpoints.folder} already holds checkpoints up to {found[-1].stem}; resume from the "
+                "newest, or use another folder"
+            )
         self.algo.blocks.model.train()
         try:
             while self.step < self.total_steps:

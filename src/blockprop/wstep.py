@@ -46,6 +46,14 @@ class WStep:
                 f"optimizer made a {type(self.optimizer).__name__}; expected a function from parameters to a "
                 "torch.optim optimizer, such as lambda params: torch.optim.SGD(params, lr=0.1)"
             )
+        if self.optimizer is not None:
+            ours = {id(parameter) for parameter in self.parameters}
+            held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+            if not held <= ours:
+                raise ValueError(
+                    "the optimizer holds parameters that are not the block's; expected a function that uses the "
+                    "parameters it is given, such as lambda params: torch.optim.SGD(params, lr=0.1)"
+                )
         if scheduler is not None and not callable(scheduler):
             raise ValueError(f"scheduler is a {type(scheduler).__name__}; expected a function from an optimizer to one")
         self.scheduler = scheduler(self.optimizer) if scheduler and self.optimizer else None
