@@ -18,7 +18,7 @@ from blockprop.penalties import PenaltyLike, per_link
 from blockprop.stage import Link, Stage
 from blockprop.wstep import OptimizerFactory, SchedulerFactory, WStep
 
-__all__ = ["Algorithm", "Backprop", "BlockProp", "backprop_gradient"]
+__all__ = ["Backprop", "BlockProp", "backprop_gradient"]
 
 Loss = Callable[[Tensor, Tensor], Tensor] | OutputLoss
 T = TypeVar("T")
@@ -334,9 +334,6 @@ class Backprop(_Trained):
 
     def close(self) -> None:
         """Nothing to give back."""
-
-
-Algorithm = BlockProp | Backprop
 
 
 def _executor(given: str | Executor) -> Executor:

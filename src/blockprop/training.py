@@ -173,11 +173,6 @@ class Training:
         self.last_epoch: dict[str, Any] = {}
         self.validation: Score | None = None
 
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next step belongs to, from 0."""
-        return self.step // self.steps_per_epoch
-
     def run(self) -> None:
         """Train to the end.
 
