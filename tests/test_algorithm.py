@@ -362,16 +362,19 @@ def test_an_exception_in_a_thread_is_raised_and_nothing_hangs():
     algo.close()
 
 
-@pytest.mark.parametrize("K", [2, 4, 5])
-def test_exact_form_is_backprop_bit_for_bit_where_no_factor_rounds(K):
-    """λ = 1 and a batch of 2^n predictions: the h-step's scale and its inverse are powers of two."""
+@pytest.mark.parametrize("executor", ["local", "threads"])
+@pytest.mark.parametrize(("K", "count", "lam"), [(2, 32, 1.0), (4, 48, 1.0), (5, 7, 0.3), (5, 33, 123.4)])
+def test_exact_form_is_backprop_bit_for_bit(K, count, lam, executor):
+    """The h-step's factor and the penalty's cancel before anything is multiplied by them, at any λ and batch."""
+    forms = {blockprop.BlockProp: {"penalty": lam, "executor": executor}, blockprop.Backprop: {}}
     states = []
-    for make in (blockprop.BlockProp, blockprop.Backprop):
+    for make, form in forms.items():
         torch.manual_seed(3)
         model = mlp(depth=5, drop=lambda: nn.Dropout(0.3), norm=lambda: nn.BatchNorm1d(12)).float()
-        algo = make(blockprop.split(model, K), CE, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+        optimizer = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)  # noqa: E731
+        algo = make(blockprop.split(model, K), CE, optimizer, **form)
         for _ in range(10):
-            x, y = batch(32)
+            x, y = batch(count)
             algo.step(x.float(), y)
         states.append(model.state_dict())
     for name, value in states[0].items():

@@ -275,6 +275,13 @@ def test_scale_with_momentum_is_the_share_of_the_way_on_a_quadratic(product, ste
         def gradient_at_anchor(self):
             return self.gradient(self.zero())
 
+        def slope_at_anchor(self):
+            value, gradient = self.gradient_at_anchor()
+            return Root(value, None, value, 1.0), gradient
+
+        def gluing(self, direction, scale=1.0):
+            return Gluing(self.zero(), direction, 1.0, scale)
+
     assert solver.solve(Quadratic()).displacement.item() == pytest.approx(solver.scale(penalty), rel=1e-9)
 
 

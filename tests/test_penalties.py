@@ -121,7 +121,7 @@ def test_a_displacement_survives_a_coarse_anchor():
     anchor = torch.full((1, 4), 1000.0).bfloat16()
     link = Gluing(anchor, torch.full((1, 4), 1e-3), 1)
     assert torch.equal(link.residual(anchor), torch.full((1, 4), 1e-3))
-    assert float(link.squared_sum()) == pytest.approx(4e-6 * len(link.anchor))
+    assert float(link.squared_sum) == pytest.approx(4e-6 * len(link.anchor))
     assert torch.equal(link.value, anchor.float() + 1e-3)
 
 

@@ -7,12 +7,14 @@ Gradient steps are stable while γ_h times the largest curvature of L_k is below
 block above learns, so a fixed γ_h may become unstable in the middle of a run.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from blockprop.gluing import Gluing
 from blockprop.objective import CurvatureProduct, GluingProblem
 from blockprop.penalties import Penalty
 
@@ -24,7 +26,7 @@ class Solution:
     """What an h-step came to.
 
     Attributes:
-        displacement: h* - anchor, shape [N, ...]; always finite.
+        gluing: h*, always finite.
         steps: steps taken.
         residual: what is left to solve, relative to the start and at the last point that the solver looked
             at: ‖∇L_k‖ / ‖∇L_k(anchor)‖ for the gradient methods, the linear system's residual for
@@ -33,11 +35,16 @@ class Solution:
         stable: False if L_k rose or stopped being finite between two points that the solver looked at.
     """
 
-    displacement: Tensor
+    gluing: Gluing
     steps: int
     residual: float
     converged: bool
     stable: bool
+
+    @property
+    def displacement(self) -> Tensor:
+        """h* - anchor, shape [N, ...]."""
+        return self.gluing.displacement
 
 
 class HSolver(Protocol):
@@ -141,13 +148,14 @@ class GradientDescent:
     def solve(self, problem: GluingProblem) -> Solution:
         """Take the steps; a step that leaves the finite numbers is undone and ends the solve."""
         assert self.lr is not None, "call on(penalty) first"
-        value, gradient = problem.gradient_at_anchor()
         if self.steps == 1:
             # nothing to compare with: the gradient's norm is not worth computing
-            moved = -self.lr * gradient
-            if not torch.isfinite(torch.dot(moved.flatten(), moved.flatten())):
-                return Solution(problem.zero(), 0, float("inf"), False, False)
+            root, slope = problem.slope_at_anchor()
+            moved = problem.gluing(slope, -self.lr * root.count)
+            if not math.isfinite(moved.squared_sum):
+                return Solution(problem.gluing(problem.zero()), 0, float("inf"), False, False)
             return Solution(moved, 1, 1.0, False, True)
+        value, gradient = problem.gradient_at_anchor()
         displacement, velocity = problem.zero(), problem.zero()
         first_value, norm = float(value), _norm(gradient)
         first_norm, last_value, last_norm = norm, first_value, norm
@@ -161,15 +169,15 @@ class GradientDescent:
             last_norm = _norm(gradient)
             rose = float(value) > (first_value if self.momentum else last_value) + _slack(first_value)
             if not torch.isfinite(value) or not last_norm < float("inf"):
-                return Solution(best, taken - 1, float("inf"), False, False)
+                return Solution(problem.gluing(best), taken - 1, float("inf"), False, False)
             stable = stable and not rose
             last_value, best = float(value), displacement
             if last_norm <= self.tolerance * first_norm:
                 break
         if not torch.isfinite(displacement).all():
-            return Solution(best, taken - 1, float("inf"), False, False)
+            return Solution(problem.gluing(best), taken - 1, float("inf"), False, False)
         residual = last_norm / first_norm if first_norm > 0 else 0.0
-        return Solution(displacement, taken, residual, residual <= self.tolerance, stable)
+        return Solution(problem.gluing(displacement), taken, residual, residual <= self.tolerance, stable)
 
 
 def _slack(value: float) -> float:
@@ -243,7 +251,7 @@ class Backtracking:
                 break
             taken += 1
         residual = norm / first_norm if first_norm > 0 else 0.0
-        return Solution(displacement, taken, residual, residual <= self.tolerance, stable)
+        return Solution(problem.gluing(displacement), taken, residual, residual <= self.tolerance, stable)
 
 
 @dataclass(frozen=True)
@@ -291,15 +299,15 @@ class GaussNewton:
                 previous = value
                 value, gradient = problem.gradient(displacement)
                 if not value <= previous + _slack(float(previous)):
-                    return Solution(best, taken - 1, residual, False, False)
+                    return Solution(problem.gluing(best), taken - 1, residual, False, False)
                 best = displacement
             matrix = problem.curvature_product(displacement)
             move, residual = self._conjugate_gradients(matrix, -gradient, problem.evaluation.coupled)
             if not torch.isfinite(move).all():
-                return Solution(displacement, taken, float("inf"), False, False)
+                return Solution(problem.gluing(displacement), taken, float("inf"), False, False)
             displacement = displacement + move
             taken += 1
-        return Solution(displacement, taken, residual, residual <= self.tolerance, stable)
+        return Solution(problem.gluing(displacement), taken, residual, residual <= self.tolerance, stable)
 
     def _conjugate_gradients(self, matrix: CurvatureProduct, right: Tensor, coupled: bool) -> tuple[Tensor, float]:
         """Solve matrix x = right for every example; x and the worst relative residual."""

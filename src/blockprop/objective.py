@@ -117,7 +117,7 @@ class GluingProblem:
         self.upper = upper
         self.penalty = penalty
         self.anchor = evaluation.input.detach()
-        self._at_anchor: tuple[Tensor, Tensor] | None = None
+        self._at_anchor: tuple[Root, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,6 +128,10 @@ class GluingProblem:
         """The displacement of the anchor itself: zeros of shape [N, ...]."""
         return torch.zeros_like(self.anchor, dtype=self.dtype)
 
+    def gluing(self, direction: Tensor, scale: float = 1.0) -> Gluing:
+        """h_k at the displacement `scale` times `direction`, of shape [N, ...]."""
+        return Gluing(self.anchor, direction, self.slope_at_anchor()[0].count, scale)
+
     def know_anchor(self, root: Root, slope: Tensor | None) -> None:
         """Take L_k and its gradient at d = 0 from a backward pass that was done for the weights as well.
 
@@ -135,17 +139,24 @@ class GluingProblem:
             root: where that pass began.
             slope: the mean's gradient in h_k, shape [N, ...]; None where it does not depend on h_k.
         """
-        # the h-step works on the sum over predictions: mean x count
-        gradient = self.zero() if slope is None else slope.to(self.dtype) * root.count
-        self._at_anchor = (root.mean * root.count, gradient)
+        self._at_anchor = (root, self.zero() if slope is None else slope.to(self.dtype))
 
-    def gradient_at_anchor(self) -> tuple[Tensor, Tensor]:
-        """L_k and its gradient at d = 0. The penalty has its minimum there and contributes nothing."""
+    def slope_at_anchor(self) -> tuple[Root, Tensor]:
+        """The upper term at d = 0, and its mean's gradient, shape [N, ...].
+
+        The gradient of L_k there is `count` times that: the h-step works on the sum over predictions, and the
+        penalty has its minimum at the anchor and contributes nothing.
+        """
         if self._at_anchor is None:
             root = self.upper.root(self.evaluation.output)
             self.know_anchor(root, root.gradients([self.evaluation.input], keep_graph=True)[0])
         assert self._at_anchor is not None
         return self._at_anchor
+
+    def gradient_at_anchor(self) -> tuple[Tensor, Tensor]:
+        """L_k and its gradient at d = 0."""
+        root, slope = self.slope_at_anchor()
+        return root.mean * root.count, slope * root.count
 
     def gradient(self, displacement: Tensor) -> tuple[Tensor, Tensor]:
         """L_k (a scalar) and its gradient, shape [N, ...], at a displacement of shape [N, ...]."""

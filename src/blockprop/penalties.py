@@ -15,6 +15,8 @@ from blockprop.gluing import Gluing
 
 __all__ = ["Custom", "Huber", "Penalty", "PenaltyLike", "Squared", "per_link"]
 
+_ROUNDING = 1e-15
+
 
 @runtime_checkable
 class Penalty(Protocol):
@@ -49,7 +51,7 @@ class Squared:
     Raises:
         ValueError: λ is not positive and finite.
 
-    >>> link = Gluing(anchor=torch.zeros(2, 3), displacement=torch.ones(2, 3), count=2)
+    >>> link = Gluing(anchor=torch.zeros(2, 3), direction=torch.ones(2, 3), count=2)
     >>> Squared(0.5)(link, torch.zeros(2, 3))
     tensor([1.5000, 1.5000])
     """
@@ -70,12 +72,16 @@ class Squared:
 
     def mean_and_slope(self, gluing: Gluing, output: Tensor) -> tuple[Tensor, Tensor]:
         """The mean over predictions, a scalar, and its gradient in `output`, -2λ(h* - output) / count, [N, ...]."""
-        # at the anchor itself, which is where training asks, the residual is the displacement
-        at_anchor = output.data_ptr() == gluing.anchor.data_ptr()
-        residual = gluing.displacement if at_anchor else gluing.residual(output.detach())
+        weight = self.weight / gluing.count
+        if output.data_ptr() == gluing.anchor.data_ptr() or torch.equal(output, gluing.anchor):
+            # at the anchor, which is where training asks, the residual is the displacement
+            slope = -2 * weight * gluing.scale
+            # within the rounding of two factors and a quotient, it is 1
+            along = gluing.direction if abs(slope - 1) < _ROUNDING else slope * gluing.direction
+            return weight * gluing.squared_sum, along
+        residual = gluing.residual(output.detach())
         flat = residual.flatten()
-        scale = self.weight / gluing.count
-        return scale * torch.dot(flat, flat), (-2 * scale) * residual
+        return weight * torch.dot(flat, flat), (-2 * weight) * residual
 
 
 @dataclass(frozen=True)

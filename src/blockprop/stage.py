@@ -42,14 +42,17 @@ class Feedback:
     """What an h-step gives.
 
     Attributes:
-        gluing: h*_k, to be sent to the block below.
-        solution: how the h-step went.
+        solution: h*_k and how the h-step went.
         term: the term above the block at the forward pass, mean over predictions: a scalar.
     """
 
-    gluing: Gluing
     solution: Solution
     term: Tensor
+
+    @property
+    def gluing(self) -> Gluing:
+        """h*_k, to be sent to the block below."""
+        return self.solution.gluing
 
 
 class Stage:
@@ -166,7 +169,7 @@ class Stage:
         problem = GluingProblem(evaluation, term, self.below.penalty)
         problem.know_anchor(root, slope)
         solution = self.below.solver.solve(problem)
-        return Feedback(Gluing(problem.anchor, solution.displacement, root.count), solution, root.mean)
+        return Feedback(solution, root.mean)
 
     def add_gradient(self, evaluation: Evaluation, target: Gluing | Tensor, feedback: Feedback | None = None) -> Tensor:
         """The gradient of J_k (Eqs. 6, 7) on its own, onto the parameters' `.grad` (Algorithm 1, line 8).

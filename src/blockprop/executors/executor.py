@@ -40,7 +40,7 @@ class LinkReport:
         """The report of a feedback, which need not be kept for it."""
         solution: Solution = feedback.solution
         return cls(
-            feedback.gluing.squared_sum() / len(feedback.gluing.displacement),
+            feedback.gluing.squared_sum / len(feedback.gluing.direction),
             solution.steps,
             solution.residual,
             solution.converged,
