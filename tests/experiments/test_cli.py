@@ -83,6 +83,20 @@ def test_resume_continues_bit_for_bit(tmp_path):
     assert all((whole[name] == parts[name]).all() for name in whole)
 
 
+def test_a_run_that_recorded_null_for_its_defaults_resumes_and_records_them(tmp_path):
+    settings = ["--data", "digits", "--quiet", "--steps"]
+    assert main(["train", *settings, "30", "--out", str(tmp_path / "whole")]) == 0
+    assert main(["train", *settings, "17", "--out", str(tmp_path / "parts")]) == 0
+    path = tmp_path / "parts/config.json"
+    nulls = dict.fromkeys(("width", "depth", "augment", "h_lr", "threads"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **nulls}))
+    resumed = ["train", "--resume", "--out", str(tmp_path / "parts"), "--steps", "30", "--width", "300", "--quiet"]
+    assert main(resumed) == 0
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all((whole[name] == parts[name]).all() for name in whole)
+    assert json.loads(path.read_text()) == json.loads((tmp_path / "whole/config.json").read_text())
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_killed_run_resumes_and_ends_as_if_nothing_had_happened(tmp_path):
     settings = [*QUICK, "--dropout", "0.2", "--steps", "1500", "--checkpoint-every", "40"]

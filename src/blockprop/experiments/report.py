@@ -3,28 +3,34 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from blockprop.experiments.run import read_json
+from blockprop.experiments.run import read_json, settings_of
+from blockprop.experiments.settings import Settings
 from blockprop.metrics import read_metrics
 
 __all__ = ["Group", "find_runs", "groups", "markdown", "plot", "table"]
 
 # Settings that say where or how long a run computed rather than what: they make no difference between groups.
-_INCIDENTAL = {"seed", "cut", "versions", "data_dir", "threads", "log_every", "checkpoint_every", "evaluate_every"}
+_INCIDENTAL = {"seed", "data_dir", "threads", "log_every", "checkpoint_every", "evaluate_every", "diagnose_every"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as read from its folder."""
+    """A finished run, as read from its folder: its resolved settings, and its figures."""
 
     folder: Path
-    config: dict[str, Any]
+    settings: Settings
     summary: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings by name, as JSON-ready values."""
+        return self.settings.as_dict()
 
 
 @dataclass(frozen=True)
@@ -50,41 +56,67 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}; expected the --out of a run or of a comparison")
     paths = sorted({path for folder in folders for path in folder.rglob("summary.json")})
-    runs = [Run(path.parent, read_json(path.parent / "config.json"), read_json(path)) for path in paths]
+    runs = [Run(path.parent, settings_of(path.parent), read_json(path)) for path in paths]
     if not runs:
         raise ValueError(f"no finished run under {', '.join(map(str, folders))}; expected a folder with summary.json")
     return runs
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """The runs grouped by their settings, each group labelled by what distinguishes it."""
+    """The runs grouped by their settings, each group labelled by what distinguishes it.
+
+    What differs only because each run has it by default, such as the step sizes of two models, is not told.
+    """
 
     def settings(run: Run) -> dict[str, str]:
-        relevant = {key: str(value) for key, value in run.config.items() if key not in _INCIDENTAL}
-        if run.config["algorithm"] == "backprop":
+        own = set(_INCIDENTAL)
+        if run.settings.algorithm == "backprop":
             # what belongs to BlockProp alone does not tell two runs of backprop apart
-            own = {"form", "penalty", "huber", "h_steps", "h_lr", "h_solver", "h_momentum", "executor", "recompute"}
-            if run.config["clip"] is None and not run.config["block_lr"]:
+            own |= {"form", "penalty", "huber", "h_steps", "h_lr", "h_solver", "h_momentum", "executor", "recompute"}
+            if run.settings.clip is None and not run.settings.block_lr:
                 own |= {"blocks", "split_by"}
-            relevant = {key: value for key, value in relevant.items() if key not in own}
-        return relevant
+        return {key: _word(value) for key, value in run.config.items() if key not in own}
 
     kinds: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
-        kinds.setdefault(tuple(sorted(settings(run).items())), []).append(run)
-    varying = [
-        key
-        for key in dict.fromkeys(key for kind in kinds for key, _ in kind)
-        if len({dict(kind).get(key) for kind in kinds if key in dict(kind)}) > 1
-    ]
+        kinds.setdefault(tuple(settings(run).items()), []).append(run)
+
+    def told(key: str) -> bool:
+        having = [(dict(kind)[key], members[0].settings) for kind, members in kinds.items() if key in dict(kind)]
+        return len({value for value, _ in having}) > 1 and not all(_by_default(one, key) for _, one in having)
+
+    keys = [field.name for field in fields(Settings) if field.name not in ("algorithm", "form") and told(field.name)]
     made = []
     for kind, members in kinds.items():
         config = dict(kind)
-        name = config["algorithm"] if config["algorithm"] == "backprop" else f"blockprop {config['form']}"
-        extra = [f"{key}={config[key].strip('[]')}" for key in varying if key in config]
-        extra = [text for text in extra if not text.startswith(("algorithm=", "form="))]
-        made.append(Group(" ".join([name, *extra]), sorted(members, key=lambda run: run.config["seed"])))
+        name = "backprop" if config["algorithm"] == "backprop" else f"blockprop {config['form']}"
+        # what has no value, such as no clipping, tells nothing
+        extra = [f"{key.replace('_', '-')}={config[key]}" for key in keys if config.get(key)]
+        made.append(Group(" ".join([name, *extra]), sorted(members, key=lambda run: run.settings.seed)))
     return sorted(made, key=lambda group: group.label)
+
+
+def _by_default(settings: Settings, key: str) -> bool:
+    """Whether a setting is what it would be had it been left out."""
+    default: Any = getattr(Settings(), key)
+    try:
+        left_out = replace(settings, **{key: default}).resolved()
+    except ValueError:  # it must not be left out beside the others
+        return False
+    return bool(getattr(left_out, key) == getattr(settings, key))
+
+
+def _word(value: Any) -> str:
+    """A setting as one would type it; "" for none."""
+    match value:
+        case None:
+            return ""
+        case list():
+            return ",".join(map(_word, value))
+        case float() if float(f"{value:g}") == value:
+            return f"{value:g}"
+        case _:
+            return str(value)
 
 
 def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:

@@ -77,7 +77,7 @@ def resume(given: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]
 
 
 def settings_of(out: Path) -> Settings:
-    """The settings recorded in a run's folder.
+    """The settings recorded in a run's folder, resolved: older runs recorded None where the default was used.
 
     Raises:
         ValueError: there is no run, or its configuration is not one of ours.
@@ -90,7 +90,7 @@ def settings_of(out: Path) -> Settings:
     for key in ("penalty", "block_lr", "devices"):
         values[key] = tuple(values[key])
     values["data_dir"] = None if values["data_dir"] is None else Path(values["data_dir"])
-    return Settings(**values)
+    return Settings(**values).resolved()
 
 
 def read_json(path: Path) -> dict[str, Any]:

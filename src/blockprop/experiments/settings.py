@@ -10,8 +10,10 @@ from cyclopts import Group, Parameter
 from torch import nn
 from torch.optim import Optimizer
 
-from blockprop.forms import FormName
+from blockprop.data import NAMES
+from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
+from blockprop.models.catalogue import sizes
 from blockprop.penalties import Huber, Penalty, Squared
 from blockprop.split import SplitBy
 from blockprop.wstep import OptimizerFactory
@@ -140,19 +142,22 @@ class Settings:
     ] = 0
 
     def resolved(self) -> "Settings":
-        """With every None that stands for a choice replaced by the choice.
+        """With every None that stands for a choice replaced by the choice; twice is as good as once.
+
+        Two settings that train the same way are then equal. What stays None has no value: the depth of a residual
+        network, no clipping, a γ_h that differs from link to link.
 
         Raises:
             ValueError: settings that exclude each other.
         """
-        text = self.data == "shakespeare" or self.data.endswith(".txt")
+        text = self.data == "shakespeare" or self.data not in NAMES
         model = self.model or ("gpt" if text else "mlp")
         name, lr, momentum = _OPTIMIZERS.get(model, _OPTIMIZERS["mlp"])
         if self.optimizer not in (None, name):
             name, lr, momentum = self.optimizer, (0.1 if self.optimizer == "sgd" else 1e-3), 0.0
         if self.epochs is not None and self.steps is not None:
             raise ValueError("--epochs and --steps are both given; expected one of the two")
-        if name != "sgd" and self.momentum is not None:
+        if name != "sgd" and self.momentum:
             raise ValueError(f"--momentum is of sgd; {name} has its own: leave it out")
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; expected a whole number of at least 0")
@@ -166,9 +171,15 @@ class Settings:
                 f"--block-lr lists {len(self.block_lr)} step sizes for {self.blocks} blocks; expected one per block"
             )
         unsaid = self.epochs is None and self.steps is None
+        own = sizes(model)
         return replace(
             self,
+            augment=self.data == "cifar10" if self.augment is None else self.augment,
             model=model,
+            width=own.get("width") if self.width is None else self.width,
+            depth=own.get("depth") if self.depth is None else self.depth,
+            h_lr=self._h_lr() if self.algorithm == "blockprop" else self.h_lr,
+            threads=torch.get_num_threads() if self.threads is None else self.threads,
             optimizer=name,
             lr=lr if self.lr is None else self.lr,
             momentum=momentum if self.momentum is None else self.momentum,
@@ -197,6 +208,15 @@ class Settings:
                 return None
             case _:
                 return GradientDescent(self.h_steps, self.h_lr)
+
+    def _h_lr(self) -> float | None:
+        """γ_h as the links will have it; None where it differs from one to the next, or the solver has none."""
+        solver, penalties = self.solver(), self.penalties()
+        found = {
+            getattr(form_named(self.form).solver(penalty) if solver is None else solver.on(penalty), "lr", None)
+            for penalty in (penalties if isinstance(penalties, list) else [penalties])
+        }
+        return found.pop() if len(found) == 1 else None
 
     def optimizers(self) -> list[OptimizerFactory]:
         """One optimizer factory per block."""

@@ -1,5 +1,8 @@
 """The models that can be built by name, to fit a dataset."""
 
+import inspect
+from collections.abc import Callable
+
 from torch import nn
 
 from blockprop.data import Dataset
@@ -59,6 +62,22 @@ def build(
         dropout=dropout,
         **sizes,
     )
+
+
+def sizes(name: str) -> dict[str, int]:
+    """The width and the depth that a model has unless told; a residual network has no depth, an unknown name neither.
+
+    >>> sizes("mlp"), sizes("resnet18")
+    ({'width': 300, 'depth': 2}, {'width': 64})
+    """
+    makers: dict[str, Callable[..., nn.Sequential]] = {
+        "mlp": mlp,
+        "resnet18": resnet18,
+        "preact-resnet18": resnet18,
+        "gpt": gpt,
+    }
+    parameters = inspect.signature(makers[name]).parameters if name in makers else {}
+    return {key: parameters[key].default for key in ("width", "depth") if key in parameters}
 
 
 def _check_fit(name: str, dataset: Dataset, residual: bool) -> None:

@@ -1,0 +1,37 @@
+"""Settings: what stands for a choice is recorded as chosen, once and for all."""
+
+import pytest
+import torch
+
+from blockprop.experiments.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({}, {"model": "mlp", "width": 300, "depth": 2, "augment": False, "h_lr": 0.5, "epochs": 30, "lr": 0.1}),
+        ({"penalty": (4.0,)}, {"h_lr": 0.125}),
+        ({"penalty": (1.0, 2.0), "blocks": 3, "depth": 3}, {"h_lr": None}),
+        ({"form": "published"}, {"h_lr": 0.01}),
+        ({"form": "published", "h_steps": 3}, {"h_lr": 0.5}),
+        ({"form": "rescaled", "penalty": (0.5,)}, {"h_lr": 0.1}),
+        ({"form": "proximal", "h_solver": "backtracking"}, {"h_lr": 0.5}),
+        ({"form": "proximal", "h_solver": "gauss-newton"}, {"h_lr": None}),
+        ({"data": "cifar10", "model": "resnet18"}, {"augment": True, "width": 64, "depth": None, "momentum": 0.9}),
+        ({"data": "shakespeare"}, {"model": "gpt", "width": 96, "depth": 6, "optimizer": "adamw"}),
+        ({"data": "some/book"}, {"model": "gpt"}),
+        ({"width": 7, "augment": False, "h_lr": 0.5, "threads": 3}, {"width": 7, "threads": 3}),
+        ({"steps": 5}, {"epochs": None, "steps": 5}),
+        ({"optimizer": "adam"}, {"lr": 1e-3, "momentum": 0.0}),
+    ],
+)
+def test_what_is_left_to_choose_is_chosen_once(given, chosen):
+    resolved = Settings(**given).resolved()
+    assert {key: getattr(resolved, key) for key in chosen} == pytest.approx(chosen)
+    assert resolved.threads == given.get("threads", torch.get_num_threads())
+    assert resolved.resolved() == resolved
+
+
+def test_a_default_and_the_same_value_given_are_equal():
+    given = Settings(model="mlp", width=300, depth=2, augment=False, h_lr=0.5, threads=torch.get_num_threads())
+    assert given.resolved() == Settings().resolved()
