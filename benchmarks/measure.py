@@ -65,15 +65,16 @@ def cut(model: nn.Sequential, blocks: int, sample: Tensor) -> blockprop.Blocks:
     return blockprop.split(model, blocks, sample=sample[:2])
 
 
-def plain_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
-    """The loop that everybody writes by hand: one graph, one optimizer."""
-    loss_function, optimizer = nn.CrossEntropyLoss(), sgd(model.parameters())
+def plain_step(model: nn.Module, inputs: Tensor, targets: Tensor, parts: Sequence[nn.Module] = ()) -> Step:
+    """The loop that everybody writes by hand: one graph, and one optimizer, or one for each of these parts."""
+    loss_function, optimizers = nn.CrossEntropyLoss(), [sgd(part.parameters()) for part in parts or [model]]
 
     def step() -> None:
         loss = loss_function(model(inputs), targets)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
