@@ -78,6 +78,10 @@ def compare(
 ) -> None:
     """Run several algorithms or settings over several seeds, on the same data in the same order."""
     variants = {text: _variant(settings, text) for text in variant or ("backprop", "blockprop")}
+    unused = [one.unused() for one in variants.values()]
+    for key, why in (unused[0] | settings.unused()).items():
+        if all(key in other for other in unused):
+            raise ValueError(why)
     console = Console(stderr=True, highlight=False)
 
     def done(name: str, seed: int, summary: dict[str, Any]) -> None:
@@ -136,7 +140,12 @@ def _variant(base: Settings, text: str) -> Settings:
             )
     _, bound, _ = app.parse_args(["train", *tokens], print_error=False, exit_on_error=False)
     parsed = bound.arguments.get("settings", _DEFAULTS)
-    return replace(base, **changes, **{key: getattr(parsed, key) for key in keys})
+    made = replace(base, **changes, **{key: getattr(parsed, key) for key in keys})
+    # what the base sets for other variants may be without effect here; what the variant itself sets may not
+    for key, why in made.unused().items():
+        if key in keys or key in changes:
+            raise ValueError(f"variant {text!r}: {why}")
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -130,6 +130,21 @@ def test_compare_and_report(tmp_path, capsys):
     assert (tmp_path / "r/comparison.md").read_text() == table
 
 
+def test_variants_inherit_what_is_of_use_to_some_of_them(tmp_path):
+    arguments = ["compare", *QUICK, "--steps", "2", "--seeds", "0", "--out", str(tmp_path / "c")]
+    arguments += ["--penalty", "10", "--h-momentum", "0.3", "--form", "proximal"]
+    for variant in ("backprop", "exact", "h-solver=momentum h-steps=2"):
+        arguments += ["--variant", variant]
+    assert main(arguments) == 0
+    assert main(arguments) == 0, "they are known again"
+    configs = [json.loads(path.read_text()) for path in sorted((tmp_path / "c").rglob("config.json"))]
+    assert [(config["penalty"], config["h_momentum"]) for config in configs] == [
+        ([1.0], 0.5),
+        ([10.0], 0.5),
+        ([10.0], 0.3),
+    ]
+
+
 def test_a_comparison_records_a_divergence(tmp_path, capsys):
     arguments = [
         "compare",
@@ -182,6 +197,16 @@ MISTAKES = [
     ("train --executor nope", "--executor"),
     ("train --devices nowhere", "nowhere"),
     ("train --devices cpu cpu cpu", "3 devices"),
+    ("train --algorithm backprop --form published", "--form is of blockprop"),
+    ("train --algorithm backprop --penalty 10", "--penalty is of blockprop"),
+    ("train --algorithm backprop --huber 1", "--huber is of blockprop"),
+    ("train --algorithm backprop --h-steps 2", "--h-steps is of blockprop"),
+    ("train --algorithm backprop --h-lr 0.1", "--h-lr is of blockprop"),
+    ("train --algorithm backprop --recompute", "--recompute is of blockprop"),
+    ("train --algorithm backprop --executor threads", "--executor is of blockprop"),
+    ("train --algorithm backprop --diagnose-every 5", "--diagnose-every is of blockprop"),
+    ("train --h-momentum 0.9", "--h-momentum is of --h-solver momentum, not of descent"),
+    ("train --form proximal --h-solver gauss-newton --h-lr 0.1", "gauss-newton has no step size"),
     ("train --optimizer nope", "--optimizer"),
     ("train --optimizer adam --momentum 0.9", "--momentum"),
     ("train --lr 0", "--lr is 0"),
@@ -202,6 +227,9 @@ MISTAKES = [
     ("train --nope 3", "--nope"),
     ("compare --out {tmp}/c --variant nope", "nope"),
     ("compare --out {tmp}/c --variant lr=x", "lr"),
+    ("compare --out {tmp}/c --variant form=published --algorithm backprop", "--form is of blockprop"),
+    ("compare --out {tmp}/c --variant backprop --penalty 10", "--penalty is of blockprop"),
+    ("compare --out {tmp}/c --h-momentum 0.9", "--h-momentum is of --h-solver momentum"),
     ("compare --out {tmp}/c --seeds 1 1", "no seed twice"),
     ("compare --out {tmp}/c --jobs 0", "jobs is 0"),
     ("compare", "--out"),

@@ -35,3 +35,29 @@ def test_what_is_left_to_choose_is_chosen_once(given, chosen):
 def test_a_default_and_the_same_value_given_are_equal():
     given = Settings(model="mlp", width=300, depth=2, augment=False, h_lr=0.5, threads=torch.get_num_threads())
     assert given.resolved() == Settings().resolved()
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ({}, []),
+        ({"algorithm": "backprop"}, []),
+        ({"algorithm": "backprop", "lr": 0.2, "blocks": 4, "clip": 1.0, "devices": ("cpu",)}, []),
+        ({"algorithm": "backprop", "form": "published"}, ["form"]),
+        ({"algorithm": "backprop", "penalty": (10.0,), "huber": 1.0}, ["penalty", "huber"]),
+        ({"algorithm": "backprop", "h_solver": "momentum", "h_momentum": 0.9}, ["h_solver", "h_momentum"]),
+        ({"algorithm": "backprop", "executor": "threads", "recompute": True}, ["executor", "recompute"]),
+        ({"algorithm": "backprop", "diagnose_every": 5}, ["diagnose_every"]),
+        ({"h_momentum": 0.9}, ["h_momentum"]),
+        ({"form": "proximal", "h_solver": "momentum", "h_momentum": 0.9}, []),
+        ({"form": "proximal", "h_solver": "gauss-newton", "h_lr": 0.1}, ["h_lr"]),
+        ({"form": "proximal", "h_solver": "backtracking", "h_lr": 0.1}, []),
+    ],
+)
+def test_what_has_no_effect_is_named_and_goes_back_to_its_default(given, unused):
+    settings = Settings(**given)
+    assert list(settings.unused()) == unused
+    assert all("\n" not in why and f"--{key.replace('_', '-')} " in why for key, why in settings.unused().items())
+    kept = {key: value for key, value in given.items() if key not in unused}
+    assert settings.resolved() == Settings(**kept).resolved()
+    assert not settings.resolved().unused()

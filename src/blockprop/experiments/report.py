@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from blockprop.experiments.run import read_json, settings_of
-from blockprop.experiments.settings import Settings
+from blockprop.experiments.settings import BLOCKPROP_ONLY, Settings
 from blockprop.metrics import read_metrics
 
 __all__ = ["Group", "find_runs", "groups", "markdown", "plot", "table"]
@@ -72,7 +72,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         own = set(_INCIDENTAL)
         if run.settings.algorithm == "backprop":
             # what belongs to BlockProp alone does not tell two runs of backprop apart
-            own |= {"form", "penalty", "huber", "h_steps", "h_lr", "h_solver", "h_momentum", "executor", "recompute"}
+            own |= set(BLOCKPROP_ONLY)
             if run.settings.clip is None and not run.settings.block_lr:
                 own |= {"blocks", "split_by"}
         return {key: _word(value) for key, value in run.config.items() if key not in own}

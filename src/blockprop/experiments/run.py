@@ -43,6 +43,8 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds a run or other files; name another --out, or continue it with --resume")
+    for why in settings.unused().values():
+        raise ValueError(why)
     settings = settings.resolved()
     return _train(settings, out, None, quiet=quiet)
 

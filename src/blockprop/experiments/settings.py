@@ -18,7 +18,7 @@ from blockprop.penalties import Huber, Penalty, Squared
 from blockprop.split import SplitBy
 from blockprop.wstep import OptimizerFactory
 
-__all__ = ["Settings"]
+__all__ = ["BLOCKPROP_ONLY", "Settings"]
 
 _DATA = Group("Data", sort_key=1)
 _MODEL = Group("Model", sort_key=2)
@@ -38,6 +38,20 @@ _OPTIMIZERS: dict[str, tuple[Literal["sgd", "adam", "adamw"], float, float]] = {
     "preact-resnet18": ("sgd", 0.05, 0.9),
     "gpt": ("adamw", 3e-3, 0.0),
 }
+BLOCKPROP_ONLY = (
+    "form",
+    "penalty",
+    "huber",
+    "h_steps",
+    "h_lr",
+    "h_solver",
+    "h_momentum",
+    "executor",
+    "recompute",
+    "diagnose_every",
+)
+"""Settings that backprop has no use for."""
+
 _EPOCHS = {"digits": 30, "mnist": 5, "fashion-mnist": 5, "cifar10": 10}
 
 
@@ -144,12 +158,15 @@ class Settings:
     def resolved(self) -> "Settings":
         """With every None that stands for a choice replaced by the choice; twice is as good as once.
 
-        Two settings that train the same way are then equal. What stays None has no value: the depth of a residual
-        network, no clipping, a γ_h that differs from link to link.
+        What is without effect goes back to its default. Two settings that train the same way are then equal. What
+        stays None has no value: the depth of a residual network, no clipping, a γ_h that differs from link to link.
 
         Raises:
             ValueError: settings that exclude each other.
         """
+        if unused := self.unused():
+            defaults = Settings()
+            return replace(self, **{key: getattr(defaults, key) for key in unused}).resolved()
         text = self.data == "shakespeare" or self.data not in NAMES
         model = self.model or ("gpt" if text else "mlp")
         name, lr, momentum = _OPTIMIZERS.get(model, _OPTIMIZERS["mlp"])
@@ -178,13 +195,29 @@ class Settings:
             model=model,
             width=own.get("width") if self.width is None else self.width,
             depth=own.get("depth") if self.depth is None else self.depth,
-            h_lr=self._h_lr() if self.algorithm == "blockprop" else self.h_lr,
+            h_lr=self._h_lr() if self.algorithm == "blockprop" else None,
             threads=torch.get_num_threads() if self.threads is None else self.threads,
             optimizer=name,
             lr=lr if self.lr is None else self.lr,
             momentum=momentum if self.momentum is None else self.momentum,
             epochs=_EPOCHS.get(self.data, 5) if unsaid else self.epochs,
         )
+
+    def unused(self) -> dict[str, str]:
+        """Settings that were changed but have no effect beside the others, and for each a line that says why."""
+        found = {}
+        if self.algorithm == "backprop":
+            found = dict.fromkeys(BLOCKPROP_ONLY, "is of blockprop, not of --algorithm backprop")
+        elif self.h_solver != "momentum":
+            found = {"h_momentum": f"is of --h-solver momentum, not of {self.h_solver}"}
+            if self.h_solver == "gauss-newton":
+                found["h_lr"] = "is of the other h-solvers; gauss-newton has no step size"
+        defaults = Settings()
+        return {
+            key: f"--{key.replace('_', '-')} {why}: leave it out"
+            for key, why in found.items()
+            if getattr(self, key) != getattr(defaults, key)
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
