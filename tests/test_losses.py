@@ -23,6 +23,35 @@ def test_the_mean_is_torchs_mean_for_every_reduction(reduction, weight, ignored)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)])
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_per_example_losses_sum_to_the_batchs(reduction, weight, ignored):
+    loss = OutputLoss(nn.CrossEntropyLoss(weight, reduction=reduction, ignore_index=ignored, label_smoothing=0.1))
+    found = loss.per_example(OUT, LABELS)
+    expected = functional.cross_entropy(
+        OUT, LABELS, weight, ignore_index=ignored, reduction="none", label_smoothing=0.1
+    )
+    torch.testing.assert_close(found, expected)
+    mean, count = loss(OUT, LABELS)
+    assert float(found.sum()) == pytest.approx(float(mean) * count, rel=1e-12)
+
+
+def test_per_example_losses_of_tokens_and_of_any_function():
+    tokens, labels = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    expected = functional.cross_entropy(tokens.movedim(-1, 1), labels, reduction="none").sum(1)
+    torch.testing.assert_close(OutputLoss(nn.CrossEntropyLoss()).per_example(tokens, labels), expected)
+    other = torch.randn(4, 3, dtype=torch.float64)
+    for loss in (nn.MSELoss(), nn.functional.mse_loss):
+        torch.testing.assert_close(OutputLoss(loss).per_example(OUT, other), (OUT - other).square().mean(1))
+    soft = OUT.softmax(1)
+    torch.testing.assert_close(
+        OutputLoss(nn.CrossEntropyLoss()).per_example(OUT, soft), functional.cross_entropy(OUT, soft, reduction="none")
+    )
+    with pytest.raises(ValueError, match="labels run from 0 to 4"):
+        OutputLoss(nn.CrossEntropyLoss()).per_example(OUT, torch.tensor([0, 1, 2, 4]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nll_and_label_smoothing(reduction):
     mean, count = OutputLoss(nn.NLLLoss(reduction=reduction))(OUT.log_softmax(1), LABELS)
     torch.testing.assert_close(mean, functional.cross_entropy(OUT, LABELS))

@@ -1,7 +1,9 @@
 """The output loss ℓ(y, b_K(h_K)): any torch loss, made independent of the batch size where it must be."""
 
+import copy
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from blockprop.errors import first_line
@@ -87,6 +89,25 @@ class OutputLoss:
         if value.ndim > 0 or self.reduction == "sum":
             value = value.sum() / count
         return value, count
+
+    def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of every example, its predictions summed: shape [N]; over the batch they sum to mean x count.
+
+        Args:
+            outputs: the network's outputs, shape [N, ...].
+            targets: what the loss wants beside them, N rows.
+
+        Raises:
+            ValueError: as in a call.
+        """
+        if not self.over_classes or targets.is_floating_point():
+            # a loss of unknown kind shows its examples only one by one
+            pairs = [self(outputs[n : n + 1], targets[n : n + 1]) for n in range(len(outputs))]
+            return torch.stack([mean * count for mean, count in pairs])
+        self(outputs.detach(), targets)  # says what does not fit
+        unreduced = copy.copy(self.loss)
+        unreduced.reduction = "none"  # type: ignore[attr-defined]
+        return unreduced(_classes_second(outputs, targets, self.class_dim), targets).reshape(len(outputs), -1).sum(1)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> int | None:
         """How many predictions have their largest output at the target; None for losses not over classes."""
