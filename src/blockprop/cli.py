@@ -1,5 +1,6 @@
 """The command line. Every command is a thin layer over the library."""
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from blockprop import __version__
 from blockprop.experiments.comparison import compare as run_comparison
-from blockprop.experiments.report import find_runs, groups, markdown, plot, table
+from blockprop.experiments.report import Run, find_runs, groups, markdown, plot, table
 from blockprop.experiments.run import resume as resume_run
 from blockprop.experiments.run import run
 from blockprop.experiments.settings import Settings
@@ -96,29 +97,37 @@ def compare(
 @app.command
 def report(
     *folders: Annotated[Path, Parameter(help="Folders of runs or comparisons.", negative=())],
-    out: Annotated[Path | None, Parameter(help="Where table and plot go. Default: the first folder.")] = None,
+    out: Annotated[
+        Path | None, Parameter(help="Where table and plot go. Default: the folder, if there is one.")
+    ] = None,
 ) -> None:
-    """Redraw the table and the plot of finished runs."""
+    """Redraw the table and the plot of finished runs; one of each for every data set."""
     if not folders:
         raise ValueError("report needs at least one folder of runs: blockprop report DIR")
+    if out is None and len(folders) > 1:
+        raise ValueError(f"report of {len(folders)} folders needs --out, a folder for the table and the plot")
     _show(folders, out or folders[0])
 
 
 def _show(folders: Sequence[Path], out: Path) -> None:
-    runs = find_runs(folders)
+    by_data: dict[str, list[Run]] = {}
+    for finished in find_runs(folders):
+        by_data.setdefault(finished.settings.data, []).append(finished)
+    for data, runs in by_data.items():
+        of_data = "-" + re.sub(r"[^\w.]+", "-", data).strip("-.") if len(by_data) > 1 else ""
+        _show_runs(runs, out / f"comparison{of_data}.md", out / f"comparison{of_data}.png")
+
+
+def _show_runs(runs: Sequence[Run], text: Path, figure: Path) -> None:
     made = groups(runs)
-    config = runs[0].config
-    same = {key: len({str(run.config[key]) for run in runs}) == 1 for key in ("data", "model", "blocks")}
-    title = ", ".join(
-        text
-        for key, text in (("model", config["model"]), ("data", config["data"]), ("blocks", f"K = {config['blocks']}"))
-        if same[key]
-    )
+    parts = {"model": "{}", "data": "{}", "blocks": "K = {}"}
+    found = {key: {run.config[key] for run in runs} for key in parts}
+    title = ", ".join(part.format(*found[key]) for key, part in parts.items() if len(found[key]) == 1)
     Console(width=None if sys.stdout.isatty() else 120).print(table(made, title))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.md").write_text(markdown(made), encoding="utf-8")
-    plot(made, out / "comparison.png", title)
-    print(f"table and plot: {out / 'comparison.md'}, {out / 'comparison.png'}")
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text(markdown(made), encoding="utf-8")
+    plot(made, figure, title)
+    print(f"table and plot: {text}, {figure}")
 
 
 def _variant(base: Settings, text: str) -> Settings:

@@ -1,10 +1,12 @@
-"""Reports: what is put together, and under which label."""
+"""Reports: what is put together, under which label, and that long labels fit."""
 
 import json
+import warnings
 
 import pytest
 
-from blockprop.experiments.report import find_runs, groups
+from blockprop.cli import main
+from blockprop.experiments.report import find_runs, groups, plot
 from blockprop.experiments.settings import Settings
 
 NULLS = {"width": None, "depth": None, "augment": None, "h_lr": None, "threads": None}
@@ -39,12 +41,21 @@ def test_a_label_names_what_was_set_and_has_a_value(tmp_path):
     finished(tmp_path / "d", model="resnet18")  # with another width, step size and momentum of its own
     finished(tmp_path / "e", algorithm="backprop")
     assert set(labels(tmp_path)) == {
-        "backprop model=mlp",
-        "blockprop exact model=mlp",
-        "blockprop exact model=mlp clip=1",
-        "blockprop exact model=mlp block-lr=0.1,0.05",
+        "backprop",
+        "blockprop exact",
+        "blockprop exact clip=1",
+        "blockprop exact block-lr=0.1,0.05",
         "blockprop exact model=resnet18",
     }
+
+
+def test_one_or_two_settings_that_differ_are_told_of_all(tmp_path):
+    finished(tmp_path / "a", blocks=2, depth=4)
+    finished(tmp_path / "b", blocks=4, depth=4)
+    finished(tmp_path / "c", algorithm="backprop", depth=4)
+    assert set(labels(tmp_path)) == {"backprop", "blockprop exact blocks=2", "blockprop exact blocks=4"}
+    finished(tmp_path / "d", blocks=4, depth=4, batch_size=32)
+    assert "blockprop exact blocks=2 batch-size=64" in labels(tmp_path)
 
 
 def test_a_step_size_that_was_set_is_told_of_all(tmp_path):
@@ -64,3 +75,47 @@ def test_where_and_how_closely_a_run_was_watched_makes_no_difference(tmp_path, w
     finished(tmp_path / "a")
     finished(tmp_path / "b", **where)
     assert labels(tmp_path) == {"blockprop exact": 2}
+
+
+def test_every_data_set_has_a_table_and_a_plot_of_its_own(tmp_path, capsys):
+    finished(tmp_path / "a", data="digits")
+    finished(tmp_path / "b", data="mnist", form="published")
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "r")]) == 0
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == [
+        "comparison-digits.md",
+        "comparison-digits.png",
+        "comparison-mnist.md",
+        "comparison-mnist.png",
+    ]
+    tables = [(tmp_path / f"r/comparison-{data}.md").read_text() for data in ("digits", "mnist")]
+    assert "exact" in tables[0] and "published" not in tables[0]
+    assert "published" in tables[1] and "exact" not in tables[1]
+    printed = capsys.readouterr().out
+    assert "mlp, digits, K = 2" in printed and "mlp, mnist, K = 2" in printed
+
+
+def test_several_folders_are_not_written_into(tmp_path, capsys):
+    folders = [str(finished(tmp_path / name)) for name in ("a", "b")]
+    assert main(["report", *folders]) == 2
+    assert "report of 2 folders needs --out" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("comparison*"))
+    assert main(["report", folders[0]]) == 0
+    assert (tmp_path / "a/comparison.md").exists()
+
+
+@pytest.mark.parametrize("many", [1, 3, 20])
+def test_long_labels_fit_into_the_plot(tmp_path, many):
+    for index in range(many):
+        rates = tuple(0.1 + index / 1000 + k / 100 for k in range(20))
+        finished(
+            tmp_path / str(index),
+            **{"form": "proximal", "h_solver": "momentum", "h_steps": 2 + index, "dropout": 0.1, "blocks": 20},
+            **{"depth": 20, "block_lr": rates, "clip": 1.0 + index, "weight_decay": 0.1 * index},
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where labels leave no room for the axes
+        plot(groups(find_runs([tmp_path])), tmp_path / "r/plot.png", "a title " * 40)
+    png = (tmp_path / "r/plot.png").read_bytes()
+    width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
+    assert width == 13 * 130
+    assert height < 25 * 130

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from blockprop.experiments.run import read_json, settings_of
 from blockprop.experiments.settings import BLOCKPROP_ONLY, Settings
 from blockprop.metrics import read_metrics
 
-__all__ = ["Group", "find_runs", "groups", "markdown", "plot", "table"]
+__all__ = ["Group", "Run", "find_runs", "groups", "markdown", "plot", "table"]
 
 # Settings that say where or how long a run computed rather than what: they make no difference between groups.
 _INCIDENTAL = {"seed", "data_dir", "threads", "log_every", "checkpoint_every", "evaluate_every", "diagnose_every"}
@@ -65,7 +66,8 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 def groups(runs: Sequence[Run]) -> list[Group]:
     """The runs grouped by their settings, each group labelled by what distinguishes it.
 
-    What differs only because each run has it by default, such as the step sizes of two models, is not told.
+    What differs only because each run has it by default, such as the step sizes of two models, is not told. Where
+    more than two settings differ, a label tells those that are not at their defaults.
     """
 
     def settings(run: Run) -> dict[str, str]:
@@ -91,7 +93,11 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         config = dict(kind)
         name = "backprop" if config["algorithm"] == "backprop" else f"blockprop {config['form']}"
         # what has no value, such as no clipping, tells nothing
-        extra = [f"{key.replace('_', '-')}={config[key]}" for key in keys if config.get(key)]
+        extra = [
+            f"{key.replace('_', '-')}={config[key]}"
+            for key in keys
+            if config.get(key) and (len(keys) <= 2 or not _by_default(members[0].settings, key))
+        ]
         made.append(Group(" ".join([name, *extra]), sorted(members, key=lambda run: run.settings.seed)))
     return sorted(made, key=lambda group: group.label)
 
@@ -172,15 +178,23 @@ def plot(made: Sequence[Group], path: Path, title: str) -> None:
     """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - optional
+        from matplotlib.lines import Line2D  # noqa: PLC0415
     except ImportError as error:
         raise ValueError("plots need matplotlib: pip install 'blockprop[all]'") from error
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    figure.suptitle(title, fontsize=13)
-    loss, validation, test, gluing = figure.subplots(2, 2).flat
+    legend, ticks = ([_wrapped(group.label, *size) for group in made] for size in ((60, 4), (34, 2)))
+    columns = max(1, min(len(made), 150 // (8 + max(len(line) for label in legend for line in label.splitlines()))))
+    # room for the tick labels in the lower row, and for the legend below it
+    lower = max(3.5, 0.2 * len(ticks) * max(label.count("\n") + 1 for label in ticks))
+    below = 0.17 * sum(label.count("\n") + 1 for label in legend) / columns
+    figure = Figure(figsize=(13, 4 + lower + below), layout="constrained")
+    figure.suptitle(_wrapped(title, 100, 4), fontsize=13)
+    loss, validation, test, gluing = figure.subplots(2, 2, height_ratios=[3.5, lower]).flat
     accuracy = any(group.values("test_accuracy") for group in made)
     measure, scale = ("accuracy", 100) if accuracy else ("loss", 1)
+    lines = []
     for index, group in enumerate(made):
-        style = {"color": f"C{index % 10}", "label": group.label, "linestyle": ("-", "--", ":", "-.")[index % 4]}
+        style: dict[str, Any] = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":", "-.")[index % 4]}
+        lines.append(Line2D([], [], **style))
         _band(loss, group, "train", "loss", style)
         _band(validation, group, "validation", measure, style, scale)
         values = [scale * value for value in group.values(f"test_{measure}")]
@@ -196,15 +210,21 @@ def plot(made: Sequence[Group], path: Path, title: str) -> None:
     elif accuracy:
         _cut_below_the_plateau(validation)
     test.set(title=f"test {measure}" + (" (%)" if accuracy else "") + ", mean ± sd and every seed")
-    test.set_yticks(range(len(made)), [group.label for group in made])
+    test.set_yticks(range(len(made)), ticks, fontsize=9)
     test.set_ylim(len(made) - 0.5, -0.5)
     gluing.set(title="gluing loss ‖h* − b(h)‖² in the last epoch", xlabel="link, from the input", yscale="log")
     for axes in (loss, validation, test, gluing):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    loss.legend(frameon=False, fontsize=9)
+    gluing.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(lines, legend, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def _wrapped(text: str, width: int, lines: int) -> str:
+    """A text in lines of at most `width` characters, cut where it would need more."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …", break_on_hyphens=False))
 
 
 def _band(axes: Any, group: Group, kind: str, key: str, style: dict[str, Any], scale: float = 1.0) -> None:
@@ -218,7 +238,7 @@ def _band(axes: Any, group: Group, kind: str, key: str, style: dict[str, Any], s
         return
     values = [[curve[epoch] for curve in curves] for epoch in epochs]
     means = [statistics.fmean(value) for value in values]
-    axes.plot(epochs, means, **style)
+    axes.plot(epochs, means, marker="o" if len(epochs) == 1 else None, **style)
     if len(curves) > 1:
         spreads = [statistics.stdev(value) for value in values]
         low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
@@ -239,6 +259,4 @@ def _gluing(axes: Any, group: Group, index: int) -> None:
         return
     means = [statistics.fmean(link) for link in zip(*links, strict=True)]
     if any(value > 0 and math.isfinite(value) for value in means):
-        numbers = range(1, len(means) + 1)
-        axes.plot(numbers, means, "o-", color=f"C{index % 10}")
-        axes.set_xticks(list(numbers))
+        axes.plot(range(1, len(means) + 1), means, "o-", color=f"C{index % 10}")
