@@ -54,7 +54,7 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path):
         ["--form", "proximal", "--h-solver", "momentum", "--h-steps", "2"],
         ["--blocks", "4", "--depth", "4", "--penalty", "1", "2", "3", "--block-lr", ".1", ".1", ".05", ".05"],
         ["--executor", "threads", "--devices", "cpu", "cpu"],
-        ["--optimizer", "adamw", "--schedule", "cosine", "--warmup", "3", "--clip", "1", "--accumulate", "2"],
+        ["--optimizer", "adamw", "--lr-schedule", "cosine", "--warmup", "3", "--clip", "1", "--accumulate", "2"],
         ["--precision", "bfloat16", "--recompute", "--dropout", "0.2", "--norm", "layer"],
         ["--model", "resnet18", "--batch-size", "16"],
     ],

@@ -133,7 +133,7 @@ class Settings:
     ] = ()
     momentum: Annotated[float | None, _option(_OPTIMIZER, "Momentum of sgd. Default: by the model.")] = None
     weight_decay: Annotated[float, _option(_OPTIMIZER, "Weight decay.")] = 0.0
-    schedule: Annotated[Literal["constant", "cosine"], _option(_OPTIMIZER, "How the step size falls over the run.")] = (
+    lr_schedule: Annotated[Literal["constant", "cosine"], _option(_OPTIMIZER, "How the step size falls over the run.")] = (
         "constant"
     )
     warmup: Annotated[int, _option(_OPTIMIZER, "Steps over which the step size rises from 0.")] = 0
@@ -268,13 +268,13 @@ class Settings:
 
     def scheduler(self, total_steps: int) -> Callable[[Optimizer], Any] | None:
         """Warm-up and cosine decay over the run's updates, or None for a constant step size."""
-        if self.schedule == "constant" and self.warmup == 0:
+        if self.lr_schedule == "constant" and self.warmup == 0:
             return None
         updates = max(1, total_steps // self.accumulate)
 
         def factor(update: int) -> float:
             rise = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
-            if self.schedule == "constant":
+            if self.lr_schedule == "constant":
                 return rise
             share = max(0, update - self.warmup) / max(1, updates - self.warmup)
             return rise * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * min(1.0, share)))))
