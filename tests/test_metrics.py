@@ -83,6 +83,37 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert [event.value for event in board.Scalars("train/gluing_loss/2")] == [2.0, 2.0]
 
 
+def test_a_resumed_run_shows_every_point_in_tensorboard_once(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, last in ((1, 5), (4, 6)):  # stopped after step 5, resumed from step 3
+        metrics = Metrics(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "board")
+        metrics.rewind(first - 1)
+        for step in range(first, last + 1):
+            metrics.write("train", step, {"loss": 10.0 * first + step})
+        metrics.close()
+    board = accumulator.EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    points = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert points == [(1, 11), (2, 12), (3, 13), (4, 44), (5, 45), (6, 46)]
+    assert points == [(row["step"], row["loss"]) for row in read_metrics(metrics.path)]
+
+
+def test_nan_and_infinity_are_written_as_null(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.path.write_text('{"kind": "train", "step": 1, "loss": NaN}\n')  # by an older version
+    metrics.write("train", 2, {"loss": float("nan"), "gluing_loss": [1.0, float("inf"), -float("inf")]})
+    metrics.rewind(2)
+    metrics.write("train", 3, {"loss": 0.5})
+    metrics.close()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in metrics.path.read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [None, None, 0.5]
+    assert rows[1]["gluing_loss"] == [1.0, None, None]
+
+
 def test_without_tensorboard_the_rows_are_still_written(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     metrics = Metrics(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "board")

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from blockprop.cli import main
-from blockprop.experiments.report import find_runs, groups, plot
+from blockprop.experiments.report import find_runs, groups, markdown, plot
 from blockprop.experiments.settings import Settings
 
 NULLS = {"width": None, "depth": None, "augment": None, "h_lr": None, "threads": None}
@@ -101,6 +101,16 @@ def test_several_folders_are_not_written_into(tmp_path, capsys):
     assert not list(tmp_path.rglob("comparison*"))
     assert main(["report", folders[0]]) == 0
     assert (tmp_path / "a/comparison.md").exists()
+
+
+def test_figures_that_were_not_finite_are_shown_as_such(tmp_path):
+    row = {"kind": "train", "step": 1, "epoch": 1.0, "loss": None}
+    for seed, gluing in ((0, [0.1, None]), (1, [0.3, 2.0])):
+        folder = finished(tmp_path / str(seed), seed=seed, summary={"gluing_loss": gluing, "test_loss": None})
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    made = groups(find_runs([tmp_path]))
+    assert "| - | 0.2, nan |" in markdown(made)
+    plot(made, tmp_path / "plot.png", "")
 
 
 @pytest.mark.parametrize("many", [1, 3, 20])

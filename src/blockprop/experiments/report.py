@@ -46,6 +46,11 @@ class Group:
         found = [run.summary.get(key) for run in self.runs]
         return [float(value) for value in found if value is not None]
 
+    def gluing(self) -> list[float]:
+        """The gluing loss of every link, mean over the runs; NaN where a run's was not finite."""
+        links = [run.summary["gluing_loss"] for run in self.runs if run.summary.get("gluing_loss")]
+        return [math.nan if None in link else statistics.fmean(link) for link in zip(*links, strict=True)]
+
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
     """All finished runs in or under the folders.
@@ -138,8 +143,7 @@ def _rows(made: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for group in made:
         diverged = sum(bool(run.summary.get("diverged")) for run in group.runs)
-        links = [run.summary["gluing_loss"] for run in group.runs if run.summary.get("gluing_loss")]
-        gluing = ", ".join(f"{statistics.fmean(link):.2g}" for link in zip(*links, strict=True)) if links else "-"
+        gluing = ", ".join(f"{mean:.2g}" for mean in group.gluing()) or "-"
         row = [group.label, str(len(group.runs)) + (f" ({diverged} diverged)" if diverged else "")]
         if accuracy:
             row.append(_spread(group.values("test_accuracy"), lambda value: f"{100 * value:.2f}"))
@@ -254,9 +258,6 @@ def _cut_below_the_plateau(axes: Any) -> None:
 
 
 def _gluing(axes: Any, group: Group, index: int) -> None:
-    links = [run.summary["gluing_loss"] for run in group.runs if run.summary.get("gluing_loss")]
-    if not links:
-        return
-    means = [statistics.fmean(link) for link in zip(*links, strict=True)]
+    means = group.gluing()
     if any(value > 0 and math.isfinite(value) for value in means):
         axes.plot(range(1, len(means) + 1), means, "o-", color=f"C{index % 10}")

@@ -17,7 +17,7 @@ from blockprop.checkpoint import Checkpoints, write_atomically
 from blockprop.data import Dataset, load
 from blockprop.experiments.progress import Progress
 from blockprop.experiments.settings import Settings
-from blockprop.metrics import Metrics
+from blockprop.metrics import Metrics, finite
 from blockprop.models import build
 from blockprop.training import Training, score
 
@@ -223,8 +223,8 @@ def _finish(settings: Settings, out: Path, training: Training) -> dict[str, Any]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object to a file, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    """Write a JSON object to a file, atomically; NaN and infinity become null."""
+    write_atomically(path, (json.dumps(finite(content), indent=2) + "\n").encode())
 
 
 def _versions() -> dict[str, str]:
