@@ -183,3 +183,29 @@ def test_keep_is_a_choice(tmp_path):
     checkpoints.paths()[0].write_bytes(b"cut")
     with pytest.raises(ValueError, match="damaged"):
         checkpoints.newest()
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True, None, "2"])
+def test_at_least_one_is_kept(tmp_path, keep):
+    with pytest.raises(ValueError, match="keep is .*expected a whole number") as caught:
+        Checkpoints(tmp_path, keep=keep)
+    assert "\n" not in str(caught.value)
+
+
+def test_stray_files_are_ignored_and_left_alone(tmp_path):
+    strays = [
+        "step-abc.safetensors",
+        "step-.safetensors",
+        "step-7-copy.safetensors",
+        "step-9.txt",
+        "step-²³.safetensors",
+    ]
+    for name in strays:
+        (tmp_path / name).write_text("stray")
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        checkpoints.newest()
+    for step in (5, 10):
+        checkpoints.save(step, {"step": step})
+    assert checkpoints.newest() == {"step": 10}
+    assert {path.name for path in tmp_path.iterdir()} == {*strays, "step-00000010.safetensors"}

@@ -7,6 +7,7 @@ the rest is JSON in the file's metadata, beside a digest of both. Nothing is eve
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,20 +117,26 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: a folder of `step-N.safetensors`.
+    """The checkpoints of one run: a folder of `step-N.safetensors`. Other files in it are left alone.
 
     Args:
         folder: where they are; made when the first is written.
-        keep: how many of the newest to keep, default 2.
+        keep: how many of the newest to keep, at least 1, default 2.
+
+    Raises:
+        ValueError: `keep` is not a whole number of at least 1.
     """
 
     def __init__(self, folder: Path | str, keep: int = 2) -> None:
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"keep is {keep!r}; expected a whole number of checkpoints, at least 1")
         self.folder = Path(folder)
         self.keep = keep
 
     def paths(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
-        return sorted(self.folder.glob("step-*.safetensors"), key=lambda path: int(path.stem.removeprefix("step-")))
+        found = [path for path in self.folder.glob("step-*.safetensors") if re.fullmatch(r"step-[0-9]+", path.stem)]
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the checkpoint of a step, then drop the oldest beyond `keep`."""
