@@ -1,0 +1,231 @@
+"""Schedules as data: which block does what in which tick.
+
+A tick is what the blocks do at the same time; a message that leaves a block in one tick is with its neighbour in
+the next. A schedule is a pure generator of ticks. It knows nothing of networks: executors carry it out, whether
+the blocks are objects in one process or processes of their own.
+
+    forward   block k evaluates b_k on a batch, and sends the output up
+    backward  block k takes its gradient and its h-step on a batch, and sends the feedback down
+    update    block k's optimizer takes a step
+    drop      block k forgets a batch whose feedback was lost
+"""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+__all__ = ["Action", "Kind", "Latency", "Tick", "delays", "draw", "parallel", "pipelined", "sequential"]
+
+Kind = Literal["forward", "backward", "update", "drop"]
+
+
+class Action(NamedTuple):
+    """What one block does.
+
+    Attributes:
+        block: k, from 1.
+        kind: see the module.
+        batch: number of the batch, or of the microbatch, from 0.
+    """
+
+    block: int
+    kind: Kind
+    batch: int
+
+
+Tick = tuple[Action, ...]
+"""The actions of one tick: those of one block in this order, those of different blocks at the same time."""
+
+
+def _check(blocks: int) -> None:
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        raise ValueError(f"blocks is {blocks}; expected a whole number of at least 1")
+
+
+def sequential(blocks: int) -> Iterator[Tick]:
+    """Algorithm 1: a batch up, its feedback down, all updates at once; then the next batch.
+
+    Args:
+        blocks: K.
+
+    Raises:
+        ValueError: K below 1.
+
+    >>> for tick in itertools.islice(sequential(2), 4):
+    ...     print(*(f"{kind} {block}" for block, kind, _ in tick), sep=", ")
+    forward 1
+    forward 2
+    backward 2
+    backward 1, update 1, update 2
+    """
+    _check(blocks)
+    for batch in itertools.count():
+        yield from ((Action(k, "forward", batch),) for k in range(1, blocks + 1))
+        yield from ((Action(k, "backward", batch),) for k in range(blocks, 1, -1))
+        yield (Action(1, "backward", batch), *(Action(k, "update", batch) for k in range(1, blocks + 1)))
+
+
+def parallel(blocks: int) -> Iterator[Tick]:
+    """Algorithm 2: inputs and targets are in the cache, so all blocks work on one batch at the same time.
+
+    Args:
+        blocks: K.
+
+    Raises:
+        ValueError: K below 1.
+    """
+    _check(blocks)
+    for batch in itertools.count():
+        each = ([Action(k, kind, batch) for kind in ("forward", "backward", "update")] for k in range(1, blocks + 1))
+        yield tuple(itertools.chain.from_iterable(each))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long messages take, in ticks beyond the one that every message takes, and how many are lost.
+
+    Args:
+        longest: L ≥ 0, default 0; the extra delay of every message is drawn evenly from 0, ..., L.
+        lost: share of the feedback messages that never arrive, in [0, 1), default 0. The blocks below the loss
+            do not learn from that batch.
+        seed: of both draws, default 0.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    longest: int = 0
+    lost: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.longest, bool) or not isinstance(self.longest, int) or self.longest < 0:
+            raise ValueError(f"longest delay is {self.longest}; expected a whole number of ticks, at least 0")
+        if not 0 <= self.lost < 1:
+            raise ValueError(f"share of lost messages is {self.lost}; expected a number in [0, 1)")
+
+
+def pipelined(blocks: int, *, microbatches: int = 1, latency: Latency = Latency()) -> Iterator[Tick]:
+    """All blocks busy in every tick: each forwards one microbatch, and updates on the feedback of an older one.
+
+    In a tick a block first takes its feedback, then updates, then forwards with the new weights; of several
+    messages that wait it takes the oldest batch. Without latency the feedback of block k is 2(K - k) ticks old, and
+    the block has updated 2(K - k) - 1 times since the forward; with M microbatches about an M-th of that.
+
+    Args:
+        blocks: K.
+        microbatches: M, into how many parts a batch is cut; default 1.
+        latency: of the messages; default: one tick each, none lost.
+
+    Raises:
+        ValueError: K or M below 1.
+
+    >>> for tick in itertools.islice(pipelined(2), 3):
+    ...     print(*(f"{kind} {batch} by {block}" for block, kind, batch in tick), sep=", ")
+    forward 0 by 1
+    forward 1 by 1, forward 0 by 2, backward 0 by 2, update 0 by 2
+    backward 0 by 1, update 0 by 1, forward 2 by 1, forward 1 by 2, backward 1 by 2, update 1 by 2
+    """
+    _check(blocks)
+    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+        raise ValueError(f"microbatches is {microbatches}; expected a whole number of at least 1")
+    draw_from = random.Random(latency.seed)
+    # per block: when which batch arrives from below, and from above
+    outputs: list[dict[int, int]] = [{} for _ in range(blocks + 2)]
+    feedback: list[dict[int, int]] = [{} for _ in range(blocks + 2)]
+    learnt = [0] * (blocks + 1)
+
+    def arrival(now: int) -> int:
+        return now + 1 + (draw_from.randint(0, latency.longest) if latency.longest else 0)
+
+    def oldest(inbox: dict[int, int], now: int) -> int | None:
+        arrived = [batch for batch, when in inbox.items() if when <= now]
+        if not arrived:
+            return None
+        del inbox[batch := min(arrived)]
+        return batch
+
+    for now in itertools.count():
+        actions: list[Action] = []
+        outputs[1][now] = now
+
+        def learn(k: int, batch: int, now: int = now, actions: list[Action] = actions) -> None:
+            actions.append(Action(k, "backward", batch))
+            learnt[k] += 1
+            if learnt[k] % microbatches == 0:
+                actions.append(Action(k, "update", batch))
+            if k > 1 and latency.lost and draw_from.random() < latency.lost:
+                actions.extend(Action(j, "drop", batch) for j in range(k - 1, 0, -1))
+            elif k > 1:
+                feedback[k - 1][batch] = arrival(now)
+
+        for k in range(1, blocks + 1):
+            if k < blocks and (batch := oldest(feedback[k], now)) is not None:
+                learn(k, batch)
+            if (batch := oldest(outputs[k], now)) is not None:
+                actions.append(Action(k, "forward", batch))
+                if k < blocks:
+                    outputs[k + 1][batch] = arrival(now)
+                else:
+                    learn(k, batch)
+        yield tuple(actions)
+
+
+def delays(ticks: Iterator[Tick], blocks: int, count: int) -> list[list[int]]:
+    """How many updates a block made between its forward and its backward of a batch, in a schedule's first ticks.
+
+    Args:
+        ticks: the schedule.
+        blocks: K.
+        count: how many ticks to look at.
+
+    Returns:
+        For each block, bottom first, its delays in the order of its backwards.
+
+    >>> [delay[-1] for delay in delays(pipelined(4), 4, 20)]
+    [5, 3, 1, 0]
+    >>> [max(delay) for delay in delays(pipelined(4, microbatches=3), 4, 40)]
+    [2, 1, 1, 0]
+    """
+    updates = [0] * (blocks + 1)
+    forwarded: dict[tuple[int, int], int] = {}
+    found: list[list[int]] = [[] for _ in range(blocks)]
+    for tick in itertools.islice(ticks, count):
+        for k, kind, batch in tick:
+            if kind == "forward":
+                forwarded[k, batch] = updates[k]
+            elif kind == "backward":
+                found[k - 1].append(updates[k] - forwarded.pop((k, batch)))
+            elif kind == "update":
+                updates[k] += 1
+    return found
+
+
+def draw(ticks: Iterator[Tick], blocks: int, count: int) -> str:
+    """A timeline in text: a row per block, top block first, a column per tick.
+
+    `3` is a forward of batch 3, `'3` its backward, `*` an update, `x3` feedback that was lost.
+
+    Args:
+        ticks: the schedule.
+        blocks: K.
+        count: how many ticks to draw.
+
+    >>> print(draw(pipelined(3), 3, 6))
+    block 3 |        |        | 0 '0*  | 1 '1*  | 2 '2*  | 3 '3*
+    block 2 |        | 0      | 1      | '0* 2  | '1* 3  | '2* 4
+    block 1 | 0      | 1      | 2      | 3      | '0* 4  | '1* 5
+    """
+    cells = [["" for _ in range(count)] for _ in range(blocks)]
+    marks = {"forward": " {}", "backward": " '{}", "update": "*", "drop": " x{}"}
+    for column, tick in enumerate(itertools.islice(ticks, count)):
+        for k, kind, batch in tick:
+            cells[k - 1][column] += marks[kind].format(batch)
+    width = max(len(cell) for row in cells for cell in row) + 1
+    rows = [f"block {k}".ljust(len(f"block {blocks}")) for k in range(1, blocks + 1)]
+    lines = [
+        " |".join([name, *(cell.ljust(width) for cell in row)]).rstrip() for name, row in zip(rows, cells, strict=True)
+    ]
+    return "\n".join(reversed(lines))

@@ -1,0 +1,154 @@
+"""Schedules are data: literal lists, and properties of every schedule."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockprop.schedules import Action, Latency, delays, draw, parallel, pipelined, sequential
+
+
+def first(ticks, count):
+    return list(itertools.islice(ticks, count))
+
+
+def words(tick):
+    return " ".join(f"{kind[0]}{block}.{batch}" for block, kind, batch in tick)
+
+
+def test_sequential_is_algorithm_1():
+    assert first(sequential(3), 6) == [
+        (Action(1, "forward", 0),),
+        (Action(2, "forward", 0),),
+        (Action(3, "forward", 0),),
+        (Action(3, "backward", 0),),
+        (Action(2, "backward", 0),),
+        (
+            Action(1, "backward", 0),
+            Action(1, "update", 0),
+            Action(2, "update", 0),
+            Action(3, "update", 0),
+        ),
+    ]
+    assert first(sequential(3), 7)[6] == (Action(1, "forward", 1),)
+
+
+def test_parallel_is_algorithm_2():
+    assert [words(tick) for tick in first(parallel(2), 2)] == [
+        "f1.0 b1.0 u1.0 f2.0 b2.0 u2.0",
+        "f1.1 b1.1 u1.1 f2.1 b2.1 u2.1",
+    ]
+
+
+def test_pipelined_tick_by_tick():
+    assert [words(tick) for tick in first(pipelined(3), 6)] == [
+        "f1.0",
+        "f1.1 f2.0",
+        "f1.2 f2.1 f3.0 b3.0 u3.0",
+        "f1.3 b2.0 u2.0 f2.2 f3.1 b3.1 u3.1",
+        "b1.0 u1.0 f1.4 b2.1 u2.1 f2.3 f3.2 b3.2 u3.2",
+        "b1.1 u1.1 f1.5 b2.2 u2.2 f2.4 f3.3 b3.3 u3.3",
+    ]
+
+
+def test_pipelined_in_two_microbatches_updates_every_second_time():
+    assert [words(tick) for tick in first(pipelined(2, microbatches=2), 5)] == [
+        "f1.0",
+        "f1.1 f2.0 b2.0",
+        "b1.0 f1.2 f2.1 b2.1 u2.1",
+        "b1.1 u1.1 f1.3 f2.2 b2.2",
+        "b1.2 f1.4 f2.3 b2.3 u2.3",
+    ]
+
+
+def test_one_block_is_plain_training():
+    assert [words(tick) for tick in first(pipelined(1), 2)] == ["f1.0 b1.0 u1.0", "f1.1 b1.1 u1.1"]
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 8])
+def test_the_delay_is_a_function_of_k(blocks):
+    found = delays(pipelined(blocks), blocks, 60)
+    assert [delay[-1] for delay in found] == [max(0, 2 * (blocks - k) - 1) for k in range(1, blocks + 1)]
+
+
+@pytest.mark.parametrize("make", [sequential, parallel])
+def test_synchronous_schedules_have_no_delay(make):
+    assert all(set(delay) == {0} for delay in delays(make(3), 3, 30))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    blocks=st.integers(1, 6),
+    microbatches=st.integers(1, 4),
+    longest=st.integers(0, 12),
+    lost=st.sampled_from([0.0, 0.05, 0.5]),
+    seed=st.integers(0, 9),
+)
+def test_every_pipelined_schedule_is_consistent(blocks, microbatches, longest, lost, seed):
+    """Messages arrive after they were sent, nothing is done twice, and what is lost is dropped by all below."""
+    latency = Latency(longest, lost, seed)
+    when = {}
+    for now, tick in enumerate(first(pipelined(blocks, microbatches=microbatches, latency=latency), 150)):
+        for action in tick:
+            assert action not in when
+            when[action] = now
+        for k in range(1, blocks + 1):
+            assert sum(a.block == k and a.kind == "forward" for a in tick) <= 1
+            assert sum(a.block == k and a.kind == "backward" for a in tick) <= 1
+    for (k, kind, batch), now in when.items():
+        if kind == "forward" and k > 1:
+            assert when[Action(k - 1, "forward", batch)] < now
+        if kind == "backward":
+            assert when[Action(k, "forward", batch)] <= now
+            if k < blocks:
+                assert when[Action(k + 1, "backward", batch)] < now
+                assert Action(k, "drop", batch) not in when
+        if kind == "drop" and k > 1:
+            assert Action(k - 1, "drop", batch) in when
+    assert sum(kind == "forward" and k == 1 for k, kind, _ in when) == 150
+    if not lost:
+        assert not any(kind == "drop" for _, kind, _ in when)
+    for k in range(1, blocks + 1):
+        backwards = sum(a.block == k and a.kind == "backward" for a in when)
+        assert sum(a.block == k and a.kind == "update" for a in when) == backwards // microbatches
+
+
+def test_the_same_seed_draws_the_same_schedule():
+    def make(seed):
+        return first(pipelined(4, latency=Latency(6, 0.1, seed)), 80)
+
+    assert make(1) == make(1)
+    assert make(1) != make(2)
+
+
+def test_a_dropped_batch_may_still_wait_for_its_forward_below_nothing():
+    """A batch is dropped only where it was forwarded: feedback comes after all forwards."""
+    forwarded = set()
+    for tick in first(pipelined(4, latency=Latency(5, 0.3, 3)), 200):
+        for k, kind, batch in tick:
+            if kind == "forward":
+                forwarded.add((k, batch))
+            if kind == "drop":
+                assert (k, batch) in forwarded
+
+
+def test_the_drawing_has_a_row_a_block():
+    lines = draw(pipelined(4, latency=Latency(2, 0.2, 1)), 4, 12).splitlines()
+    assert [line.split(" |")[0] for line in lines] == ["block 4", "block 3", "block 2", "block 1"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: next(pipelined(0)), "blocks is 0"),
+        (lambda: next(sequential(True)), "blocks is True"),
+        (lambda: next(parallel(-1)), "blocks is -1"),
+        (lambda: next(pipelined(2, microbatches=0)), "microbatches is 0"),
+        (lambda: Latency(-1), "longest delay is -1"),
+        (lambda: Latency(lost=1.0), "share of lost messages is 1.0"),
+    ],
+)
+def test_bad_arguments(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
