@@ -14,8 +14,8 @@ from rich.console import Console
 from blockprop import __version__
 from blockprop.experiments.comparison import compare as run_comparison
 from blockprop.experiments.report import Run, find_runs, groups, markdown, plot, table
+from blockprop.experiments.run import check_folder, read_json, run
 from blockprop.experiments.run import resume as resume_run
-from blockprop.experiments.run import run
 from blockprop.experiments.settings import Settings
 from blockprop.forms import FormName
 
@@ -50,7 +50,10 @@ def train(
         raise ValueError("--resume needs --out, the folder of the run to continue")
     if out is None:
         out = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(settings.data).stem}-{settings.algorithm}"
+    before = read_json(out / "summary.json") if resume and (out / "summary.json").exists() else {}
     summary = (resume_run if resume else run)(settings, out, quiet=quiet)
+    if summary["steps"] == before.get("steps"):
+        print("already finished; give more --epochs or --steps to continue: ", end="")
     accuracy = summary["test_accuracy"]
     result = f"test loss {summary['test_loss']:.4f}" + ("" if accuracy is None else f", test accuracy {accuracy:.2%}")
     print(f"{result}; {summary['samples_per_second']:,.0f} samples/s; everything is in {out}")
@@ -78,6 +81,7 @@ def compare(
     quiet: Annotated[bool, Parameter(help="Show no progress.", negative=())] = False,
 ) -> None:
     """Run several algorithms or settings over several seeds, on the same data in the same order."""
+    check_folder(out)
     variants = {text: _variant(settings, text) for text in variant or ("backprop", "blockprop")}
     unused = [one.unused() for one in variants.values()]
     for key, why in (unused[0] | settings.unused()).items():
@@ -110,6 +114,7 @@ def report(
 
 
 def _show(folders: Sequence[Path], out: Path) -> None:
+    check_folder(out)
     by_data: dict[str, list[Run]] = {}
     for finished in find_runs(folders):
         by_data.setdefault(finished.settings.data, []).append(finished)
@@ -162,7 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(arguments, print_error=False, exit_on_error=False, result_action="return_value")
     except (ValueError, CycloptsError, OSError) as error:
-        print(f"blockprop: error: {' '.join(str(error).split())}", file=sys.stderr)
+        why = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            why = f"{error.filename}: {error.strerror}"
+        print(f"blockprop: error: {' '.join(why.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("blockprop: stopped; a run with a checkpoint continues with --resume", file=sys.stderr)

@@ -225,7 +225,7 @@ class Training:
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         if self.metrics:
-            epoch = self.step / self.steps_per_epoch
+            epoch = round(self.step / self.steps_per_epoch, 6)
             self.metrics.write(kind, self.step, {"epoch": epoch, "samples": self.samples, **values})
 
     def _log(self) -> None:
@@ -265,7 +265,7 @@ class Training:
         """Continue from a state.
 
         Raises:
-            ValueError: it is of another model, another cut, or another amount of data.
+            ValueError: it is of another model, another cut, or another amount of data, or beyond this run's end.
         """
         missing = {"model", "algorithm", "random", "position"} - state.keys()
         if missing:
@@ -274,6 +274,11 @@ class Training:
             raise ValueError(
                 f"the checkpoint is of a run with {state['steps_per_epoch']} steps an epoch, this one has "
                 f"{self.steps_per_epoch}; expected the same data and batch size"
+            )
+        if state["position"]["step"] > self.total_steps:
+            raise ValueError(
+                f"the checkpoint is at step {state['position']['step']}, beyond the {self.total_steps} steps of this "
+                "run; expected more epochs or steps"
             )
         model = self.algo.blocks.model
         ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -83,13 +83,60 @@ def test_resume_continues_bit_for_bit(tmp_path):
     assert all((whole[name] == parts[name]).all() for name in whole)
 
 
+def test_resuming_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
+    assert train(tmp_path / "run", steps=3) == 0
+    assert "already finished" not in capsys.readouterr().out
+    before = files(tmp_path / "run")
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("already finished; give more --epochs or --steps to continue: test loss ")
+    assert printed.count("\n") == 1
+    after = files(tmp_path / "run")
+    assert {name for name in after if after[name] != before.get(name)} <= {n for n in after if "tensorboard" in n}
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "2", "--quiet"]) == 2
+    assert "at step 3, beyond the 2 steps" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "4", "--quiet"]) == 0
+    assert "already finished" not in capsys.readouterr().out
+
+
+def test_epochs_are_shown_rounded(tmp_path, capsys):
+    assert main(["train", *(word for word in QUICK if word != "--quiet"), "--steps", "3", "--out", str(tmp_path)]) == 0
+    assert ": epoch 0.14, loss" in capsys.readouterr().err
+    assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 0.1429
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["epoch"] == 0.142857
+
+
+@pytest.mark.parametrize("out", ["file", "file/run", "file/deep/run"])
+@pytest.mark.parametrize("command", ["train", "compare --seeds 0", "report {run}"])
+def test_a_file_in_the_place_of_the_folder(tmp_path, capsys, out, command):
+    train(tmp_path / "run", steps=1)
+    (tmp_path / "file").write_text("mine")
+    before = files(tmp_path)
+    assert main([*command.format(run=tmp_path / "run").split(), "--out", str(tmp_path / out)]) == 2
+    assert capsys.readouterr().err == (
+        f"blockprop: error: {tmp_path / 'file'} is a file, not a folder; name another --out\n"
+    )
+    assert files(tmp_path) == before
+
+
+def test_an_error_of_the_system_is_one_line(tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert train(tmp_path / "run") == 2
+    assert capsys.readouterr().err == f"blockprop: error: {tmp_path}: Permission denied\n"
+
+
 def test_a_run_that_recorded_null_for_its_defaults_resumes_and_records_them(tmp_path):
     settings = ["--data", "digits", "--quiet", "--steps"]
     assert main(["train", *settings, "30", "--out", str(tmp_path / "whole")]) == 0
     assert main(["train", *settings, "17", "--out", str(tmp_path / "parts")]) == 0
     path = tmp_path / "parts/config.json"
     nulls = dict.fromkeys(("width", "depth", "augment", "h_lr", "threads"))
-    path.write_text(json.dumps({**json.loads(path.read_text()), **nulls}))
+    old = {**json.loads(path.read_text()), **nulls}
+    old["schedule"] = old.pop("lr_schedule")
+    path.write_text(json.dumps(old))
     resumed = ["train", "--resume", "--out", str(tmp_path / "parts"), "--steps", "30", "--width", "300", "--quiet"]
     assert main(resumed) == 0
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
@@ -223,6 +270,7 @@ MISTAKES = [
     ("train --augment", "augment"),
     ("train --log-every 0", "log-every is 0"),
     ("train --resume --out {tmp}/none", "there is no"),
+    ("train --resume --out {tmp}/none/config.json/x", "there is no"),
     ("train --resume", "--out"),
     ("train --nope 3", "--nope"),
     ("compare --out {tmp}/c --variant nope", "nope"),

@@ -21,7 +21,7 @@ from blockprop.metrics import Metrics, finite
 from blockprop.models import build
 from blockprop.training import Training, score
 
-__all__ = ["read_json", "resume", "run", "settings_of", "write_json"]
+__all__ = ["check_folder", "read_json", "resume", "run", "settings_of", "write_json"]
 
 # What a resumed run may be given anew: how long it goes on, and what does not touch the numbers.
 _MAY_CHANGE = {"epochs", "steps", "threads", "log_every", "checkpoint_every", "data_dir"}
@@ -41,7 +41,8 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]
     Raises:
         ValueError: a user's mistake, said before the folder is made where it can be; a loss that is not finite.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_folder(out)
+    if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} already holds a run or other files; name another --out, or continue it with --resume")
     for why in settings.unused().values():
         raise ValueError(why)
@@ -78,17 +79,30 @@ def resume(given: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]
     return _train(replace(recorded, **changes), out, state, quiet=quiet)
 
 
+def check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be made because a file is in its place.
+
+    Raises:
+        ValueError: it, or a folder it would be in, is a file.
+    """
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file, not a folder; name another --out")
+
+
 def settings_of(out: Path) -> Settings:
-    """The settings recorded in a run's folder, resolved: older runs recorded None where the default was used.
+    """The settings recorded in a run's folder, resolved; what an older run did not record is at its default.
 
     Raises:
         ValueError: there is no run, or its configuration is not one of ours.
     """
     recorded = read_json(out / "config.json")
-    try:
-        values = {key: recorded[key] for key in (field.name for field in fields(Settings))}
-    except KeyError as error:
-        raise ValueError(f"{out / 'config.json'} lacks {error.args[0]!r}; expected one written by a run") from error
+    if missing := {"data", "model", "algorithm", "seed"} - recorded.keys():
+        raise ValueError(f"{out / 'config.json'} lacks {min(missing)!r}; expected one written by a run")
+    if "lr_schedule" not in recorded and "schedule" in recorded:
+        recorded["lr_schedule"] = recorded.pop("schedule")  # its name in older runs
+    defaults = Settings()
+    values = {field.name: recorded.get(field.name, getattr(defaults, field.name)) for field in fields(Settings)}
     for key in ("penalty", "block_lr", "devices"):
         values[key] = tuple(values[key])
     values["data_dir"] = None if values["data_dir"] is None else Path(values["data_dir"])
@@ -103,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"there is no {path}; expected the folder of a run") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); expected a file written by a run") from error
@@ -202,7 +216,7 @@ def _finish(settings: Settings, out: Path, training: Training) -> dict[str, Any]
         "blocks": settings.blocks,
         "cut": algo.blocks.cut.as_dict(),
         "seed": settings.seed,
-        "epochs": training.step / training.steps_per_epoch,
+        "epochs": round(training.step / training.steps_per_epoch, 4),
         "steps": training.step,
         "samples": training.samples,
         "seconds": training.seconds,
