@@ -57,11 +57,28 @@ def test_classes_may_exceed_what_the_targets_show():
         (pairs(targets=torch.arange(20) - 1), pairs(), {}, "targets run from -1 to 18"),
         (pairs(targets=torch.rand(20)), pairs(targets=torch.rand(20)), {"classes": 2}, "targets are floats"),
         (pairs(targets=torch.rand(20, 2, 2)), pairs(), {}, r"targets have shape \[20, 2, 2\]"),
+        (pairs(targets=torch.zeros(20, dtype=torch.cfloat)), pairs(), {}, "train: targets are torch.complex64"),
+        (pairs(), pairs(), {"classes": 0}, "classes is 0; expected a whole number"),
+        (pairs(), pairs(), {"classes": "4"}, "classes is '4'; expected a whole number"),
+        (pairs(), pairs(), {"classes": True}, "classes is True; expected a whole number"),
         (pairs(), pairs(), {"validation": 1.0}, "validation is 1.0"),
-        (pairs(), pairs(0), {}, "no examples"),
+        (pairs(), pairs(), {"validation": None}, "validation is a NoneType; it is a fraction"),
+        (pairs(), pairs(), {"validation": pairs()}, "validation is a tuple; it is a fraction"),
+        (pairs(), pairs(0), {}, "test: the data hold no examples"),
+        (pairs(), None, {}, "test: the data are a NoneType; expected"),
+        (*pairs(), {}, r"train: the data are a Tensor; expected a tuple of two tensors, \(inputs, targets\)"),
     ],
 )
 def test_bad_data_are_one_line(train, test, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         Dataset.from_tensors(train, test, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("targets", "what"),
+    [(torch.arange(20) % 4, "4 classes"), (torch.rand(20, 2), "2 values"), (torch.zeros(20, 5).long(), "1 tokens")],
+)
+def test_a_repr_is_short(targets, what):
+    data = Dataset.from_tensors(pairs(targets=targets), pairs(targets=targets), name="mine")
+    assert repr(data) == f"Dataset('mine': train 18, validation 2, test 20; inputs [3], {what})"

@@ -77,17 +77,35 @@ class Endless(IterableDataset):
         ([], "no examples"),
         ([(torch.zeros(2), 0), (torch.zeros(3), 0)], r"input 1 has shape \[3\] but input 0 \[2\]"),
         ([(0.0, torch.zeros(2)), (0.0, torch.zeros(1))], r"target 1 has shape \[1\] but target 0 \[2\]"),
-        ([(torch.zeros(2), "cat")], "example 0 is not a pair"),
-        ([torch.zeros(3)], "example 0 is not a pair"),
-        ([5], "example 0 is not a pair"),
-        (Endless(), "data of type Endless have no length"),
-        (3.0, "data of type float have no length"),
+        ([(torch.zeros(2), "cat")], r"example 0 is a tuple \(Tensor, str\), not a pair.*expected \(input, target\)"),
+        ([{"input": torch.zeros(2)}], "example 0 is a dict, not a pair"),
+        ([5], "example 0 is a int, not a pair"),
+        ([torch.zeros(3)], r"the data are a list \(Tensor\); expected a tuple of two tensors, \(inputs, targets\)"),
+        (torch.zeros(3, 2), "the data are a Tensor; expected"),
+        ((torch.zeros(2, 2).numpy(), torch.zeros(2).numpy()), r"the data are a tuple \(ndarray, ndarray\); expected"),
+        ((torch.zeros(3), torch.zeros(3), torch.zeros(3)), r"a tuple \(Tensor, Tensor, Tensor\); expected"),
+        ({"inputs": torch.zeros(3), "targets": torch.zeros(3)}, "the data are a dict; expected"),
+        ("digits", "the data are a str; expected"),
+        (None, "the data are a NoneType; expected"),
+        (Endless(), "the data are a Endless; expected"),
+        (3.0, "the data are a float; expected"),
     ],
 )
 def test_bad_data_are_one_line(pairs, message):
     with pytest.raises(ValueError, match=message) as caught:
         Examples.of(pairs)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["transform", "augment"])
+def test_what_is_applied_to_a_batch_is_a_function(name):
+    with pytest.raises(ValueError, match=f"{name} is a str; expected a function"):
+        Examples.of((torch.zeros(3, 2), torch.zeros(3)), **{name: "normalise"})
+
+
+def test_a_repr_is_short():
+    examples = Examples(torch.zeros(50_000, 3, 32, 32, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.long))
+    assert repr(examples) == "Examples(50000 of uint8 [3, 32, 32], targets int64)"
 
 
 def test_an_error_of_the_users_own_dataset_is_not_hidden():

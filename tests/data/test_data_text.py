@@ -104,3 +104,7 @@ def test_bad_texts_are_refused_in_one_line(tmp_path, content, options, message):
 def test_a_missing_text_is_named(tmp_path, name):
     with pytest.raises(ValueError, match="does not exist; expected a text file"):
         load(str(tmp_path / name))
+
+
+def test_a_repr_is_short():
+    assert repr(Windows(torch.arange(100_000), context=64)) == "Windows(1562 of 64 tokens)"

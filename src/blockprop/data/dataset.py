@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blockprop.data.examples import Augment, Examples, Pairs, Split, Transform, unchanged
-from blockprop.data.holdout import hold_out
+from blockprop.data.holdout import check_fraction, hold_out
 
 Task = Literal["classification", "language", "regression"]
 
@@ -63,16 +63,18 @@ class Dataset:
             augment: Applied to each training batch before ``transform``; none unless told.
 
         Raises:
-            ValueError: If the data break a rule of `Examples.of`, train and test differ in shape or kind, a
-                target is negative or not below ``classes``, or ``validation`` is outside [0, 1).
+            ValueError: If the data break a rule of `Examples.of` (said with "train" or "test" before it), train
+                and test differ in shape or kind, a target is negative or not below ``classes``, or
+                ``validation`` is outside [0, 1).
 
         >>> pairs = torch.rand(20, 3), torch.arange(20) % 4
         >>> data = Dataset.from_tensors(pairs, pairs)
         >>> data.task, data.classes, data.input_shape, len(data.train), len(data.validation)
         ('classification', 4, (3,), 18, 2)
         """
-        fitted = _targets_fitted(Examples.of(train, transform=transform, augment=augment))
-        tested = _targets_fitted(Examples.of(test, transform=transform))
+        check_fraction(validation)
+        fitted = _examples("train", train, transform, augment)
+        tested = _examples("test", test, transform)
         for what, ours, theirs in (
             ("input", fitted.inputs, tested.inputs),
             ("target", fitted.targets, tested.targets),
@@ -87,16 +89,28 @@ class Dataset:
         input_shape = tuple(fitted.batch(torch.tensor([0]))[0].shape[1:])
         return cls(name, kept, held, tested, outputs, input_shape, task)
 
+    def __repr__(self) -> str:
+        parts = f"train {len(self.train)}, validation {len(self.validation)}, test {len(self.test)}"
+        outputs = {"classification": "classes", "language": "tokens", "regression": "values"}[self.task]
+        return f"Dataset({self.name!r}: {parts}; inputs {list(self.input_shape)}, {self.classes} {outputs})"
+
     @property
     def sample(self) -> Tensor:
         """Two training inputs [2, *input_shape] as the network reads them, to learn shapes or count FLOPs."""
         return self.train.batch(torch.arange(2) % len(self.train))[0]
 
 
-def _targets_fitted(examples: Examples) -> Examples:
-    targets = examples.targets
-    if targets.ndim > 2:
-        raise ValueError(f"targets have shape {list(targets.shape)}; expected [N] or [N, D]: flatten each target")
+def _examples(part: str, pairs: Pairs, transform: Transform, augment: Augment | None = None) -> Examples:
+    """A part, its targets as losses want them."""
+    try:
+        examples = Examples.of(pairs, transform=transform, augment=augment)
+        targets = examples.targets
+        if targets.ndim > 2:
+            raise ValueError(f"targets have shape {list(targets.shape)}; expected [N] or [N, D]: flatten each target")
+        if targets.is_complex():
+            raise ValueError(f"targets are {targets.dtype}; expected integers or floats: take real values")
+    except ValueError as error:
+        raise ValueError(f"{part}: {error}") from error
     if targets.is_floating_point():
         return replace(examples, targets=targets.float().view(len(targets), -1))
     return replace(examples, targets=targets.long())
@@ -107,6 +121,8 @@ def _outputs(train: Tensor, test: Tensor, classes: int | None) -> tuple[int, Tas
         if classes is not None:
             raise ValueError("classes is given but the targets are floats; for classes give integer targets")
         return train.shape[1], "regression"
+    if classes is not None and (isinstance(classes, bool) or not isinstance(classes, int) or classes < 1):
+        raise ValueError(f"classes is {classes!r}; expected a whole number of at least 1, or None to count them")
     low = int(min(train.min(), test.min()))
     high = int(max(train.max(), test.max()))
     if low < 0 or (classes is not None and high >= classes):

@@ -1,6 +1,6 @@
 """A part of a dataset: numbered examples, handed out in batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -44,7 +44,8 @@ class Examples:
         augment: Called before ``transform``, on stored inputs, and only in training; none unless told.
 
     Raises:
-        ValueError: If inputs and targets differ in length, or hold NaN or infinite values.
+        ValueError: If inputs and targets differ in length, or hold NaN or infinite values, or ``transform`` or
+            ``augment`` is not a function.
 
     >>> examples = Examples(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 0]))
     >>> examples.batch(torch.tensor([2, 0]))
@@ -58,6 +59,9 @@ class Examples:
     augment: Augment | None = None
 
     def __post_init__(self) -> None:
+        for name, function in (("transform", self.transform), ("augment", self.augment)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} is a {type(function).__name__}; expected a function of a batch of inputs")
         for name, values in (("inputs", self.inputs), ("targets", self.targets)):
             if values.ndim == 0:
                 raise ValueError(f"{name} is a single number; expected one row per example: stack them first")
@@ -101,6 +105,9 @@ class Examples:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def __repr__(self) -> str:
+        return f"Examples({len(self)} of {_form(self.inputs)}, targets {_form(self.targets)})"
+
     def batch(self, ids: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the examples ``ids`` [B]; see `Split.batch`."""
         inputs = self.inputs[ids]
@@ -113,11 +120,25 @@ class Examples:
         return replace(self, inputs=self.inputs[ids], targets=self.targets[ids])
 
 
+def _form(values: Tensor) -> str:
+    """Type and shape of one row."""
+    return " ".join([str(values.dtype).removeprefix("torch."), *([str(list(values.shape[1:]))] * (values.ndim > 1))])
+
+
+def _kind(value: Any) -> str:
+    """What something is, with its items where they are few."""
+    few = isinstance(value, tuple | list) and 0 < len(value) <= 4
+    name = type(value).__name__
+    return f"{name} ({', '.join(type(item).__name__ for item in value)})" if few else name
+
+
 def _stacked(pairs: Any) -> tuple[Tensor, Tensor]:
-    if not (hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__")):
+    arrays = isinstance(pairs, tuple | list) and pairs and all(getattr(item, "ndim", 0) for item in pairs)
+    indexed = hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__")
+    if arrays or not indexed or isinstance(pairs, Tensor | str | Mapping):
         raise ValueError(
-            f"data of type {type(pairs).__name__} have no length or no index; "
-            f"expected a tuple of two tensors or a map-style torch Dataset: read them into tensors first"
+            f"the data are a {_kind(pairs)}; expected a tuple of two tensors, (inputs, targets), or a map-style torch "
+            f"Dataset of such pairs: turn arrays and streams into tensors first"
         )
     inputs, targets = [], []
     for index in range(len(pairs)):
@@ -128,7 +149,7 @@ def _stacked(pairs: Any) -> tuple[Tensor, Tensor]:
             targets.append(torch.as_tensor(target))
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(
-                f"example {index} is not a pair of tensors or numbers; "
+                f"example {index} is a {_kind(pair)}, not a pair of tensors or numbers; "
                 f"expected (input, target): convert it in the dataset's __getitem__"
             ) from None
         for name, rows in (("input", inputs), ("target", targets)):

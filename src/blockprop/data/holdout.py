@@ -10,10 +10,11 @@ _SEED = 20_000
 
 def check_fraction(validation: float) -> None:
     """Raise ValueError unless ``validation`` is a fraction in [0, 1)."""
-    if not 0 <= validation < 1:
+    is_number = isinstance(validation, int | float) and not isinstance(validation, bool)
+    if not is_number or not 0 <= validation < 1:
         raise ValueError(
-            f"validation is {validation}; it is a fraction of the training examples in [0, 1): "
-            f"give for example 0.1, or 0 for no validation set"
+            f"validation is {validation if is_number else f'a {type(validation).__name__}'}; it is a fraction of the "
+            f"training examples in [0, 1): give for example 0.1, or 0 for no validation set"
         )
 
 

@@ -36,6 +36,9 @@ class Windows:
     def __len__(self) -> int:
         return max(len(self.tokens) - 1, 0) // self.context
 
+    def __repr__(self) -> str:
+        return f"Windows({len(self)} of {self.context} tokens)"
+
     def batch(self, ids: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Inputs and next tokens of the windows ``ids`` [B], both int64 [B, context]; see `Split.batch`."""
         starts = ids * self.context
