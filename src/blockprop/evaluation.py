@@ -10,6 +10,7 @@ its mark on the buffers (running statistics move once a batch) and on the genera
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,32 @@ class Evaluation:
         with replay, self._autocast():
             output: Tensor = functional_call(self.block, buffers, (inputs,)) if buffers else self.block(inputs)
         return output
+
+    def state(self) -> dict[str, Any]:
+        """What `restored` needs, as a tree for a checkpoint: no graph."""
+        return {
+            "input": self.input.detach(),
+            "output": self.output.detach(),
+            "buffers": self._buffers,
+            "random_state": self._random_state,
+        }
+
+    @classmethod
+    def restored(
+        cls, block: nn.Module, state: dict[str, Any], *, differentiable: bool, precision: torch.dtype | None = None
+    ) -> "Evaluation":
+        """An evaluation of the past, to be repeated: neither its output nor a buffer is computed again."""
+        evaluation = cls.__new__(cls)
+        evaluation.block = block
+        evaluation.device = state["input"].device
+        evaluation.precision = precision
+        evaluation.repeatable = True
+        evaluation.differentiable = differentiable
+        evaluation._buffers = state["buffers"]
+        evaluation._random_state = state["random_state"]
+        evaluation.input = state["input"].requires_grad_(differentiable)
+        evaluation.output = state["output"]
+        return evaluation
 
     def with_graph(self) -> "Evaluation":
         """Rebuild the graph that was not kept, at the same input; the block-by-block mode's second forward."""

@@ -17,7 +17,7 @@ from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
 from blockprop.penalties import Huber, Penalty, Squared
 
-__all__ = ["CurvatureProduct", "GluingProblem", "LossTerm", "PenaltyTerm", "Root", "UpperTerm"]
+__all__ = ["CurvatureProduct", "GluingProblem", "LossTerm", "PenaltyTerm", "Root", "TargetTerm", "UpperTerm"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,45 @@ class PenaltyTerm:
         mean, _ = self.mean(leaf)
         (slope,) = torch.autograd.grad(mean, leaf)
         return Root(output, slope, mean.detach(), count)
+
+
+@dataclass(frozen=True)
+class TargetTerm:
+    """The term above a block whose feedback is late: ⟨g, d⟩ + κ/2 ‖d‖², with d the way its output has moved since.
+
+    It is the squared penalty λ‖h* - b(h)‖² with λ = κ/2 and the target h* = b_old(h) - g/κ that one gradient step of
+    size 1/κ makes, up to a constant, and written so that κ = 0 has a meaning: the target is at infinity, and
+    what is left is the delayed gradient. If κ is the curvature of what lies above along d, its slope
+    g + κ d is the gradient that a new evaluation of what lies above would give at b(h), to first order.
+
+    Attributes:
+        old: b_old(h), the block's output when it was sent up, shape [N, ...].
+        slope: g, the gradient in it of the mean loss, shape [N, ...].
+        count: the number of predictions.
+        curvature: κ ≥ 0, of the sum over predictions, as λ is: one, or one per example, shape [N].
+    """
+
+    old: Tensor
+    slope: Tensor
+    count: float
+    curvature: float | Tensor
+
+    def _slope(self, moved: Tensor) -> Tensor:
+        curvature = self.curvature
+        if isinstance(curvature, Tensor):
+            return self.slope + curvature.view(-1, *[1] * (moved.ndim - 1)) / self.count * moved
+        return torch.add(self.slope, moved, alpha=curvature / self.count) if curvature else self.slope
+
+    def mean(self, output: Tensor) -> tuple[Tensor, float]:
+        """The term divided by the number of predictions, and that number."""
+        moved = output - self.old
+        return ((self.slope + self._slope(moved)) / 2 * moved).sum(), self.count
+
+    def root(self, output: Tensor) -> Root:
+        """The output itself, with the term's gradient in closed form."""
+        moved = output.detach() - self.old
+        slope = self._slope(moved)
+        return Root(output, slope.to(output.dtype), torch.sum((self.slope + slope) / 2 * moved), self.count)
 
 
 @dataclass(frozen=True)

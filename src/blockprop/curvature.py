@@ -1,0 +1,130 @@
+"""The curvature κ of what lies above a link: how far a target is to be from the output it corrects.
+
+A late feedback g is the gradient at the output b_old(h) that was sent up. Since then the block has moved its
+output for this batch by d = b_now(h) - b_old(h). The target h* = b_old(h) - g/κ turns the feedback into g + κ d,
+which is today's gradient, to first order, if κ is the curvature of what lies above along d.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Constant", "Curvature", "Secant"]
+
+Slope = Callable[[Tensor], Tensor]
+"""From an output of the block, shape [N, ...], to today's gradient of the batch's summed loss in it."""
+
+
+class Curvature(Protocol):
+    """Anything that says how curved the loss is in the outputs of every link's lower block."""
+
+    def at(self, link: int) -> float:
+        """κ ≥ 0 of a link, from 0 at the bottom; of the sum over predictions, as λ is."""
+        ...
+
+    def wants(self, link: int, links: int, tick: int) -> bool:
+        """Whether a measurement at that link would be of use now; each costs two passes through all that is above."""
+        ...
+
+    def measure(self, link: int, old: Tensor, moved: Tensor, slope: Slope) -> None:
+        """Learn from a block's output now and as it was, both of shape [N, ...]."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been learnt."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same κ all the time. 0 makes the target the delayed gradient.
+
+    Args:
+        values: κ, one for all links or one per link, bottom first.
+
+    Raises:
+        ValueError: a value that is negative or not finite.
+    """
+
+    values: float | Sequence[float]
+
+    def __post_init__(self) -> None:
+        for value in self.values if isinstance(self.values, Sequence) else [self.values]:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"curvature is {value}; expected a finite number of at least 0")
+
+    def at(self, link: int) -> float:
+        """The value given."""
+        return float(self.values[link] if isinstance(self.values, Sequence) else self.values)
+
+    def wants(self, link: int, links: int, tick: int) -> bool:  # noqa: ARG002
+        """Never."""
+        return False
+
+    def measure(self, link: int, old: Tensor, moved: Tensor, slope: Slope) -> None:
+        """Nothing to learn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to continue."""
+
+
+@dataclass
+class Secant:
+    """κ = ⟨Δg, d⟩ / ⟨d, d⟩, measured while training, a link at a time; no less than 0, and 0 until first measured.
+
+    Δg is the difference of today's gradients at b_now(h) and at b_old(h).
+
+    Args:
+        every: ticks between two measurements, default 20; the links take turns.
+        memory: what is kept of the running mean at a new measurement, in [0, 1), default 0.5.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    every: int = 20
+    memory: float = 0.5
+    values: dict[int, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every is {self.every}; expected a whole number of ticks, at least 1")
+        if not 0 <= self.memory < 1:
+            raise ValueError(f"memory is {self.memory}; expected a number in [0, 1)")
+
+    def at(self, link: int) -> float:
+        """The running mean."""
+        return self.values.get(link, 0.0)
+
+    def wants(self, link: int, links: int, tick: int) -> bool:
+        """At every n-th tick, of one link."""
+        return tick % self.every == 0 and tick // self.every % links == link
+
+    def measure(self, link: int, old: Tensor, moved: Tensor, slope: Slope) -> None:
+        """Take the secant of the loss above between the two outputs; a block that has not moved tells nothing."""
+        way = moved - old
+        square = float(torch.sum(way * way))
+        if square == 0:
+            return
+        found = max(0.0, float(torch.sum((slope(moved) - slope(old)) * way)) / square)
+        before = self.values.get(link)
+        self.values[link] = found if before is None else self.memory * before + (1 - self.memory) * found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running means."""
+        return {"values": dict(self.values)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with these means."""
+        self.values = dict(state["values"])

@@ -1,0 +1,252 @@
+"""Carries out a schedule tick by tick in this thread: what a pipeline of devices would compute, exactly.
+
+What a block has on its way is its evaluation of each batch whose feedback has not come back. When it comes, the
+block evaluates the same batch again at its present weights, with the same dropout masks, and takes its gradient
+there, against the target that the feedback makes of the output it had sent (`TargetTerm`).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from blockprop.curvature import Curvature, Secant
+from blockprop.evaluation import Evaluation
+from blockprop.executors.executor import LinkReport, StepReport, check_finite
+from blockprop.gluing import Gluing
+from blockprop.losses import OutputLoss
+from blockprop.objective import TargetTerm
+from blockprop.schedules import Action, Latency, Tick, pipelined
+from blockprop.stage import Stage
+
+__all__ = ["PipelinedExecutor"]
+
+
+@dataclass
+class _Part:
+    """A microbatch: its labels, its share of its batch, and the number of its examples."""
+
+    inputs: Tensor
+    labels: Tensor
+    share: float
+
+
+class PipelinedExecutor:
+    """All blocks busy in every tick; none waits for another.
+
+    Args:
+        schedule: from K to the ticks. Default: [`pipelined`][blockprop.schedules.pipelined] with the two below.
+        microbatches: M, into how many parts a batch is cut; default 1.
+        latency: of the messages.
+        curvature: κ of the targets; default [`Secant`][blockprop.curvature.Secant], measured while training.
+
+    A step takes one batch in, and trains on what has arrived: its report is of the batches that reached the top
+    in the meantime, and in the first steps there is none (the loss is NaN).
+    """
+
+    def __init__(
+        self,
+        schedule: Callable[[int], Iterator[Tick]] | None = None,
+        *,
+        microbatches: int = 1,
+        latency: Latency = Latency(),  # noqa: B008
+        curvature: Curvature | None = None,
+    ) -> None:
+        self.microbatches = microbatches
+        self.schedule = schedule or (lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency))
+        self.curvature: Curvature = curvature or Secant()
+        self._ticks: Iterator[Tick] | None = None
+        self._next: Tick = ()
+        self.tick = 0
+        self._fed = 0
+        self._parts: dict[int, _Part] = {}
+        self._outputs: dict[tuple[int, int], Tensor] = {}  # on their way up, by receiver
+        self._feedback: dict[tuple[int, int], Gluing] = {}  # on their way down, by receiver
+        self._flights: list[dict[int, Evaluation]] = []
+        self._sent: dict[tuple[int, int], int] = {}
+
+    def step(
+        self,
+        stages: Sequence[Stage],
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        update: bool = True,
+        recompute: bool = False,  # noqa: ARG002 - it always does
+    ) -> StepReport:
+        """Take a batch in, and train on what has arrived.
+
+        Raises:
+            ValueError: `update` is False: there is no one batch of which the gradient would be; another form than
+                the exact one.
+        """
+        if not update:
+            raise ValueError("in a pipeline the blocks learn from different batches; expected the executor 'local'")
+        self._begin(stages)
+        parts = zip(inputs.tensor_split(self.microbatches), targets.tensor_split(self.microbatches), strict=True)
+        for number, (x, y) in enumerate(parts, self._fed):
+            if len(x):
+                self._parts[number] = _Part(x, y, len(x) / len(inputs))
+        self._fed += self.microbatches
+        report = _Report(len(stages) - 1)
+        while not any(kind == "forward" and k == 1 and number >= self._fed for k, kind, number in self._next):
+            self._carry_out(stages, report)
+        return report.made(len(inputs))
+
+    def drain(self, stages: Sequence[Stage]) -> StepReport:
+        """Train on what is still on its way, and take nothing new in."""
+        report = _Report(len(stages) - 1)
+        if self._ticks is not None:
+            while self._parts:
+                self._carry_out(stages, report)
+        return report.made(0)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _begin(self, stages: Sequence[Stage]) -> None:
+        if self._ticks is not None:
+            return
+        if any(not stage.form.at_forward or stage.scale != 1 for stage in stages):
+            raise ValueError(
+                "a pipelined schedule is defined for the form 'exact'; expected that, or the schedule 'sync'"
+            )
+        self._flights = self._flights or [{} for _ in stages]
+        self._ticks = itertools.islice(self.schedule(len(stages)), self.tick, None)
+        self._next = next(self._ticks)
+
+    def _carry_out(self, stages: Sequence[Stage], report: "_Report") -> None:
+        assert self._ticks is not None
+        for action in self._next:
+            self._act(stages, action, report)
+        self.tick += 1
+        self._next = next(self._ticks)
+
+    def _act(self, stages: Sequence[Stage], action: Action, report: "_Report") -> None:
+        k, kind, number = action
+        stage = stages[k - 1]
+        if kind == "update":
+            stage.update()
+        elif number not in self._parts:
+            return  # of a batch that never came: the schedule goes on while the pipeline runs empty
+        elif kind == "forward":
+            h = self._parts[number].inputs if k == 1 else self._outputs.pop((k, number))
+            evaluation = stage.forward(h, keep_graph=k == len(stages), repeatable=True)
+            self._flights[k - 1][number] = evaluation
+            self._sent[k, number] = self.tick
+            if k < len(stages):
+                self._outputs[k + 1, number] = evaluation.output
+        elif kind == "drop":
+            del self._flights[k - 1][number], self._sent[k, number]
+            self._feedback.pop((k, number), None)
+            if k == 1:
+                del self._parts[number]
+        else:
+            self._backward(stages, k, number, report)
+
+    def _backward(self, stages: Sequence[Stage], k: int, number: int, report: "_Report") -> None:
+        stage, part = stages[k - 1], self._parts[number]
+        evaluation = self._flights[k - 1].pop(number)
+        age = self.tick - self._sent.pop((k, number))
+        if k == len(stages):
+            term, feedback = stage.train(evaluation, part.labels, share=part.share)
+            report.loss(check_finite(term), part)
+        else:
+            gluing = self._feedback.pop((k, number))
+            old = evaluation.output
+            new = evaluation.with_graph().output.detach()
+            if self.curvature.wants(k - 1, len(stages) - 1, self.tick):
+                slope = _slope_above(stages[k:], part.labels)
+                self.curvature.measure(k - 1, old, new, slope)
+            target = TargetTerm(old, gluing.direction, gluing.count, self.curvature.at(k - 1))
+            _, feedback = stage.train(evaluation, target, share=part.share)
+            report.link(k - 1, age, new - old, part)
+        if feedback is not None:
+            self._feedback[k - 1, number] = feedback.gluing
+            report.feedback(k - 2, LinkReport.of(feedback), part)
+        if k == 1:
+            del self._parts[number]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule is, what is on its way, what is known of the curvature: a tree for a checkpoint."""
+        return {
+            "tick": self.tick,
+            "fed": self._fed,
+            "parts": [[n, part.inputs, part.labels, part.share] for n, part in self._parts.items()],
+            "outputs": [[k, n, value.detach()] for (k, n), value in self._outputs.items()],
+            "feedback": [[k, n, g.anchor, g.direction, g.count, g.scale] for (k, n), g in self._feedback.items()],
+            "flights": [[[n, e.state()] for n, e in flights.items()] for flights in self._flights],
+            "sent": [[k, n, tick] for (k, n), tick in self._sent.items()],
+            "curvature": self.curvature.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
+        """Continue from what `state_dict` returned, with the same settings."""
+        self.tick, self._fed = state["tick"], state["fed"]
+        self._parts = {n: _Part(inputs, labels, share) for n, inputs, labels, share in state["parts"]}
+        self._outputs = {(k, n): value for k, n, value in state["outputs"]}
+        self._feedback = {(k, n): Gluing(*gluing) for k, n, *gluing in state["feedback"]}
+        self._flights = [
+            {
+                n: Evaluation.restored(
+                    stage.block, saved, differentiable=stage.below is not None, precision=stage.precision
+                )
+                for n, saved in flights
+            }
+            for stage, flights in zip(stages, state["flights"], strict=False)
+        ]
+        self._sent = {(k, n): tick for k, n, tick in state["sent"]}
+        self.curvature.load_state_dict(state["curvature"])
+        self._ticks = None
+
+
+def _slope_above(stages: Sequence[Stage], labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Today's gradient of the summed loss in an output of the block below these; leaves no trace in them.
+
+    The dropout masks are drawn anew, and are the same at every call.
+    """
+    buffers = [{name: buffer.clone() for name, buffer in stage.block.named_buffers()} for stage in stages]
+    loss = stages[-1].above
+    assert isinstance(loss, OutputLoss)
+
+    def slope(output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        h = leaf
+        with torch.random.fork_rng(devices=[leaf.device] if leaf.is_cuda else []), torch.enable_grad():
+            for stage, state in zip(stages, buffers, strict=True):
+                copies = {name: buffer.clone() for name, buffer in state.items()}
+                h = functional_call(stage.block, copies, (h.to(stage.device),))
+            mean, count = loss(h, labels.to(h.device))
+        return torch.autograd.grad(mean * count, leaf)[0]
+
+    return slope
+
+
+class _Report:
+    """Sums over the microbatches of a step."""
+
+    def __init__(self, links: int) -> None:
+        self._loss = [0.0, 0.0]
+        self._links: list[LinkReport | None] = [None] * links
+        self._ages = [0] * links
+        self._drifts: list[float] = [0.0] * links
+
+    def loss(self, value: float, part: _Part) -> None:
+        self._loss[0] += value * part.share
+        self._loss[1] += part.share
+
+    def feedback(self, link: int, report: LinkReport, part: _Part) -> None:  # noqa: ARG002
+        self._links[link] = report
+
+    def link(self, link: int, age: int, moved: Tensor, part: _Part) -> None:  # noqa: ARG002
+        self._ages[link] = age
+        self._drifts[link] = float(moved.square().sum()) / len(moved)
+
+    def made(self, examples: int) -> StepReport:
+        total, share = self._loss
+        return StepReport(total / share if share else math.nan, examples, [link for link in self._links if link])
