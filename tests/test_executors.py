@@ -255,3 +255,12 @@ def test_recomputation_keeps_no_graph_of_the_lower_blocks(executor):
     assert forwards[:2] == [("forward", False)] * 2
     assert forwards.count(("forward", True)) == 2  # each rebuilt once
     algo.close()
+
+
+def test_a_reports_repr_is_a_short_line():
+    algo = make()
+    report = algo.step(*batch())
+    first, second = report.gluing_loss
+    shown = f"StepReport(loss {report.loss:.4g}, 7 examples, gluing loss [{first:.3g}, {second:.3g}])"
+    assert repr(report) == shown
+    assert "unstable" in repr(make(form="proximal", h_solver=GradientDescent(4, 1e3)).step(*batch()))

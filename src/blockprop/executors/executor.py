@@ -62,6 +62,11 @@ class StepReport:
     examples: int
     links: list[LinkReport] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        gluing = ", ".join(f"{value:.3g}" for value in self.gluing_loss)
+        unstable = "" if self.stable else ", unstable"
+        return f"StepReport(loss {self.loss:.4g}, {self.examples} examples, gluing loss [{gluing}]{unstable})"
+
     @property
     def gluing_loss(self) -> list[float]:
         """Mean of ‖h* - b(h)‖² per example and link, without λ, bottom link first."""
