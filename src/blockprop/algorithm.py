@@ -209,30 +209,51 @@ class BlockProp(_Trained):
             for k, block in enumerate(self.blocks)
         ]
 
-    def step(self, inputs: Tensor, targets: Tensor) -> StepReport:
+    def step(self, inputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> StepReport:
         """One iteration of Algorithm 1 on a batch.
 
         Args:
             inputs: x, shape [N, ...], on any device.
             targets: y, N rows, as the loss wants them.
+            ids: the examples' numbers in the training set, int64 [N]; only an executor with a cache needs them.
 
         Raises:
             ValueError: an empty batch, shapes that do not fit, labels out of range, a loss that is not finite
                 (found before any weight is updated).
         """
-        return self._run(inputs, targets, update=True)
+        return self._run(inputs, targets, ids, update=True)
 
     def gradient(self, inputs: Tensor, targets: Tensor) -> StepReport:
         """As `step`, but the gradients are left on the parameters' `.grad` and no weight is updated."""
-        return self._run(inputs, targets, update=False)
+        return self._run(inputs, targets, None, update=False)
 
-    def _run(self, inputs: Tensor, targets: Tensor, *, update: bool) -> StepReport:
+    def finish(self) -> StepReport | None:
+        """Learn from what is still on its way in a pipeline; None where nothing is. Call it after the last step."""
+        with torch.enable_grad():
+            return self.executor.drain(self.stages)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizers, schedulers and accumulated gradients, block by block, and what is on its way between them."""
+        return {**super().state_dict(), "executor": self.executor.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            ValueError: the state is of another number of blocks, or of blocks with other parameters.
+        """
+        super().load_state_dict(state)
+        self.executor.load_state_dict(state.get("executor", {}), self.stages)
+
+    def _run(self, inputs: Tensor, targets: Tensor, ids: Tensor | None, *, update: bool) -> StepReport:
         check_batch(inputs, targets)
         before = [[parameter.grad for parameter in wstep.parameters] for wstep in self.wsteps]
         calls = [wstep.calls for wstep in self.wsteps]
         try:
             with torch.enable_grad():
-                return self.executor.step(self.stages, inputs, targets, update=update, recompute=self.recompute)
+                return self.executor.step(
+                    self.stages, inputs, targets, ids=ids, update=update, recompute=self.recompute
+                )
         except BaseException:
             # as if the step had not been tried, except in blocks that had already moved
             for wstep, saved, count in zip(self.wsteps, before, calls, strict=True):
@@ -320,7 +341,7 @@ class Backprop(_Trained):
         self.loss = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
         self.precision = precision
 
-    def step(self, inputs: Tensor, targets: Tensor) -> StepReport:
+    def step(self, inputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> StepReport:  # noqa: ARG002
         """One step of backpropagation on a batch; arguments and errors as in `BlockProp.step`."""
         report = self.gradient(inputs, targets)
         for wstep in self.wsteps:
@@ -331,6 +352,9 @@ class Backprop(_Trained):
         """As `step`, but the gradients are left on the parameters' `.grad` and no weight is updated."""
         loss = backprop_gradient(self.blocks, self.wsteps, self.loss, inputs, targets, precision=self.precision)
         return StepReport(loss, len(inputs))
+
+    def finish(self) -> None:
+        """Nothing is on its way."""
 
     def close(self) -> None:
         """Nothing to give back."""

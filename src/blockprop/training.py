@@ -63,23 +63,42 @@ class Means:
     loss: float = 0.0
     gluing: list[float] = field(default_factory=list)
     unstable: int = 0
+    silent: int = 0
+    unlinked: int = 0
+    age: list[float] = field(default_factory=list)
+    drift: list[float] = field(default_factory=list)
 
     def add(self, report: StepReport) -> None:
         """Count a step in."""
         self.examples += report.examples
-        self.loss += report.loss * report.examples
-        gluing = report.gluing_loss
-        self.gluing = [a + b * report.examples for a, b in zip(self.gluing or [0.0] * len(gluing), gluing, strict=True)]
+        if math.isnan(report.loss):
+            self.silent += report.examples
+        else:
+            self.loss += report.loss * report.examples
         self.unstable += not report.stable
+        if not report.links:
+            self.unlinked += report.examples
+            return
+        self.gluing = _added(self.gluing, report.gluing_loss, report.examples)
+        self.age = _added(self.age, [link.age for link in report.links], report.examples)
+        self.drift = _added(self.drift, [link.drift for link in report.links], report.examples)
 
     def values(self) -> dict[str, Any]:
         """The means, ready for the metrics."""
-        examples = max(self.examples, 1)
-        return {
-            "loss": self.loss / examples,
-            "gluing_loss": [value / examples for value in self.gluing],
+        heard = self.examples - self.silent
+        linked = max(self.examples - self.unlinked, 1)
+        values = {
+            "loss": self.loss / heard if heard else math.nan,
+            "gluing_loss": [value / linked for value in self.gluing],
             "unstable_steps": self.unstable,
         }
+        if any(self.age):
+            values |= {"age": [v / linked for v in self.age], "drift": [v / linked for v in self.drift]}
+        return values
+
+
+def _added(sums: list[float], values: list[float], examples: int) -> list[float]:
+    return [a + b * examples for a, b in zip(sums or [0.0] * len(values), values, strict=True)]
 
 
 class Training:
@@ -204,13 +223,15 @@ class Training:
         if index == 0:
             self.epoch_means = Means()
         start = time.perf_counter()
-        report = self.algo.step(inputs, targets)
+        report = self.algo.step(inputs, targets, ids)
+        last = self.step + 1 == self.total_steps
+        if last:
+            self.algo.finish()
         self.seconds += time.perf_counter() - start
         self.step += 1
         self.samples += report.examples
         self.window.add(report)
         self.epoch_means.add(report)
-        last = self.step == self.total_steps
         if last or index == self.steps_per_epoch - 1:
             self.last_epoch = self.epoch_means.values()
         if last or self.step % self.log_every == 0:

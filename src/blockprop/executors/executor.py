@@ -3,14 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from blockprop.hsolvers import Solution
 from blockprop.stage import Feedback, Stage
 
-__all__ = ["DivergedError", "Executor", "LinkReport", "StepReport", "check_finite"]
+__all__ = ["DivergedError", "Executor", "LinkReport", "StepReport", "Synchronous", "check_finite"]
 
 
 class DivergedError(ValueError):
@@ -27,6 +27,9 @@ class LinkReport:
         residual: see [`Solution`][blockprop.hsolvers.Solution].
         converged: see `Solution`.
         stable: see `Solution`.
+        age: how old the feedback was when the block below learnt from it: ticks of the pipeline, visits of the
+            example in the cache; 0 where nothing is late.
+        drift: the mean of ‖b_now(h) - b_old(h)‖² per example: how far that block had moved its output since.
     """
 
     gluing_loss: Tensor
@@ -34,6 +37,8 @@ class LinkReport:
     residual: float
     converged: bool
     stable: bool
+    age: float = 0.0
+    drift: float = 0.0
 
     @classmethod
     def of(cls, feedback: Feedback) -> "LinkReport":
@@ -53,7 +58,8 @@ class StepReport:
     """What one step did.
 
     Attributes:
-        loss: mean output loss of the batch, before the update.
+        loss: mean output loss of the batch, before the update; NaN where no batch came to the last block, as in
+            the first steps of a pipeline.
         examples: examples in the batch.
         links: one report per link, bottom link first; empty for backprop.
     """
@@ -87,6 +93,7 @@ class Executor(Protocol):
         inputs: Tensor,
         targets: Tensor,
         *,
+        ids: Tensor | None = None,
         update: bool = True,
         recompute: bool = False,
     ) -> StepReport:
@@ -96,15 +103,42 @@ class Executor(Protocol):
             stages: bottom block first.
             inputs: h_1 = x, shape [N, ...].
             targets: y, N rows.
+            ids: the examples' numbers in the training set, int64 [N], for executors that keep something by example.
             update: False to leave the gradients on `.grad` and the weights as they are.
             recompute: keep only the blocks' boundaries during the forward pass, and rebuild each block's
                 activations when its turn comes.
         """
         ...
 
+    def drain(self, stages: Sequence[Stage]) -> StepReport | None:
+        """Learn from what is still on its way, and take nothing new in; None where nothing ever is."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on beyond the stages, as a tree for a checkpoint."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
+        """Continue from what `state_dict` returned."""
+        ...
+
     def close(self) -> None:
         """Give back threads and other means; the executor can be used again."""
         ...
+
+
+class Synchronous:
+    """What the executors have in common that end every step with nothing on its way."""
+
+    def drain(self, stages: Sequence[Stage]) -> None:
+        """Nothing is on its way."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
+        """Nothing to continue."""
 
 
 def check_finite(loss: Tensor) -> float:

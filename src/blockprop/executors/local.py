@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from blockprop.executors.executor import LinkReport, StepReport, check_finite
+from blockprop.executors.executor import LinkReport, StepReport, Synchronous, check_finite
 from blockprop.gluing import Gluing
 from blockprop.stage import Stage
 
 __all__ = ["LocalExecutor"]
 
 
-class LocalExecutor:
+class LocalExecutor(Synchronous):
     """Runs the stages in turn.
 
     Each block takes its W-step right after its h-step rather than after all h-steps. The numbers are those of
@@ -25,6 +25,7 @@ class LocalExecutor:
         inputs: Tensor,
         targets: Tensor,
         *,
+        ids: Tensor | None = None,  # noqa: ARG002 - every example is fresh
         update: bool = True,
         recompute: bool = False,
     ) -> StepReport:

@@ -8,7 +8,7 @@ there, against the target that the feedback makes of the output it had sent (`Ta
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class PipelinedExecutor:
         inputs: Tensor,
         targets: Tensor,
         *,
+        ids: Tensor | None = None,  # noqa: ARG002 - every example is fresh
         update: bool = True,
         recompute: bool = False,  # noqa: ARG002 - it always does
     ) -> StepReport:
@@ -249,4 +250,11 @@ class _Report:
 
     def made(self, examples: int) -> StepReport:
         total, share = self._loss
-        return StepReport(total / share if share else math.nan, examples, [link for link in self._links if link])
+        links = [
+            replace(link, age=age, drift=drift)
+            for link, age, drift in zip(self._links, self._ages, self._drifts, strict=True)
+            if link is not None
+        ]
+        # while the pipeline fills, the lower links have nothing to report yet
+        complete = len(links) == len(self._links)
+        return StepReport(total / share if share else math.nan, examples, links if complete else [])

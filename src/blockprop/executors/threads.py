@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from blockprop.evaluation import Evaluation
-from blockprop.executors.executor import LinkReport, StepReport, check_finite
+from blockprop.executors.executor import LinkReport, StepReport, Synchronous, check_finite
 from blockprop.executors.local import LocalExecutor
 from blockprop.gluing import Gluing
 from blockprop.stage import Feedback, Stage
@@ -23,7 +23,7 @@ from blockprop.stage import Feedback, Stage
 __all__ = ["ThreadsExecutor"]
 
 
-class ThreadsExecutor:
+class ThreadsExecutor(Synchronous):
     """Runs W-steps in threads, one per block.
 
     The first exception in any of them stops the step: W-steps that have not begun are dropped, those under way
@@ -43,6 +43,7 @@ class ThreadsExecutor:
         inputs: Tensor,
         targets: Tensor,
         *,
+        ids: Tensor | None = None,  # noqa: ARG002 - every example is fresh
         update: bool = True,
         recompute: bool = False,
     ) -> StepReport:
