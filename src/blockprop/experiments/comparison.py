@@ -1,10 +1,13 @@
-"""Several settings over several seeds, on the same data in the same order."""
+"""Many runs in one folder: finished ones are kept, stopped ones continued, diverged ones recorded."""
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,39 @@ from blockprop.executors.executor import DivergedError
 from blockprop.experiments.run import read_json, resume, run, settings_of, write_json
 from blockprop.experiments.settings import Settings
 
-__all__ = ["compare"]
+__all__ = ["Plan", "Planned", "compare", "folder_name", "work_off"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to be made.
+
+    Attributes:
+        name: what it is called in progress and reports.
+        settings: its settings, seed included.
+        folder: where it goes.
+    """
+
+    name: str
+    settings: Settings
+    folder: Path
+
+    def check(self) -> None:
+        """Raise ValueError if the settings exclude each other, or the folder holds a run with others."""
+        settings = self.settings.resolved()
+        if (self.folder / "config.json").exists() and not _same(settings_of(self.folder), settings):
+            raise ValueError(f"{self.folder} holds a run with other settings; name another --out")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Runs in any order; and what follows from their summaries (in the order of `runs`), if anything does."""
+
+    runs: Sequence[Planned]
+    then: "Callable[[list[dict[str, Any]]], Plan] | None" = None
+
+
+OnRun = Callable[[Planned, dict[str, Any], float], None]
 
 
 def compare(
@@ -23,9 +58,9 @@ def compare(
     *,
     jobs: int = 1,
     quiet: bool = False,
-    on_run: Callable[[str, int, dict[str, Any]], None] | None = None,
+    on_run: OnRun | None = None,
 ) -> list[Path]:
-    """Run every variant with every seed; finished runs found in the folder are kept, stopped ones continued.
+    """Run every variant with every seed, on the same data in the same order.
 
     Args:
         variants: settings by name; a name is its folder's as well.
@@ -33,7 +68,7 @@ def compare(
         out: the comparison's folder; run folders are `out/VARIANT/seed-N`.
         jobs: runs at a time, each in a process of its own if more than one; default 1.
         quiet: show no progress.
-        on_run: called with variant, seed and summary after each run.
+        on_run: called with each run, its summary, and the seconds it took.
 
     Returns:
         The folders of all runs, diverged ones included (their summary says so).
@@ -44,48 +79,134 @@ def compare(
     """
     if not variants or not seeds or len(set(seeds)) != len(seeds):
         raise ValueError("expected at least one variant and one seed, and no seed twice")
+    runs = [
+        Planned(name, replace(settings, seed=seed), out / folder_name(name) / f"seed-{seed}")
+        for name, settings in variants.items()
+        for seed in seeds
+    ]
+    work_off([Plan(runs)], jobs=jobs, quiet=quiet, on_run=on_run)
+    return [planned.folder for planned in runs]
+
+
+def folder_name(name: str) -> str:
+    """A name with everything that does not belong into a folder's turned into a dash."""
+    return re.sub(r"[^\w.=+-]+", "-", name)
+
+
+def work_off(
+    plans: Iterable[Plan], *, jobs: int = 1, quiet: bool = False, lean: bool = False, on_run: OnRun | None = None
+) -> None:
+    """Make all runs of the plans, the first plans first; what is finished is not made again.
+
+    Args:
+        plans: what to run.
+        jobs: runs at a time, each in a process of its own if more than one; default 1.
+        quiet: show no progress of the runs themselves.
+        lean: keep configuration, metrics and summary of a finished run alone, not its weights and checkpoints.
+        on_run: called with each run, its summary, and the seconds it took: for a finished run that was found in its
+            folder, those of its training.
+
+    Raises:
+        ValueError: jobs below 1, a folder that holds a run with other settings, a user's mistake in the settings, or a
+            run's process that died.
+    """
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; expected a whole number of at least 1")
-    tasks = {}
-    for name, settings in variants.items():
-        for seed in seeds:
-            folder = out / re.sub(r"[^\w.=+-]+", "-", name) / f"seed-{seed}"
-            one = replace(settings, seed=seed).resolved()
-            if (folder / "config.json").exists() and settings_of(folder) != one:
-                raise ValueError(f"{folder} holds a run with other settings; name another --out")
-            tasks[folder] = (name, seed, one)
-    if jobs == 1:
-        for folder, (name, seed, one) in tasks.items():
-            _report(on_run, name, seed, _one(one, folder, quiet=quiet))
-        return list(tasks)
+    plans = list(plans)
+    for plan in plans:
+        _check(plan)
     # spawned, since forking a process that has used torch's threads can hang
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {
-            pool.submit(_one, one, folder, quiet=True): (name, seed) for folder, (name, seed, one) in tasks.items()
-        }
-        for future in as_completed(running):
-            _report(on_run, *running[future], future.result())
-    return list(tasks)
-
-
-def _report(
-    on_run: Callable[[str, int, dict[str, Any]], None] | None, name: str, seed: int, summary: dict[str, Any]
-) -> None:
-    if on_run:
-        on_run(name, seed, summary)
-
-
-def _one(settings: Settings, folder: Path, *, quiet: bool) -> dict[str, Any]:
-    """A run, unless it is finished; a divergence is a result here, and is recorded."""
-    if (folder / "summary.json").exists():
-        return read_json(folder / "summary.json")
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else _Here()
+    upcoming = deque(_Open(plan) for plan in plans)
+    ready: deque[tuple[_Open, Planned]] = deque()
+    running: dict[Future[tuple[dict[str, Any], float]], tuple[_Open, Planned]] = {}
     try:
-        if any((folder / "checkpoints").glob("*.safetensors")):
-            return resume(settings, folder, quiet=quiet)
-        if (folder / "config.json").exists():  # a run stopped before its first checkpoint
-            shutil.rmtree(folder)
-        return run(settings, folder, quiet=quiet)
-    except DivergedError as error:
-        summary = {"algorithm": settings.algorithm, "seed": settings.seed, "diverged": True, "why": str(error)}
-        write_json(folder / "summary.json", summary)
-        return summary
+        while ready or running or upcoming:
+            while len(running) < jobs and (ready or upcoming):
+                if not ready:
+                    opened = upcoming.popleft()
+                    ready.extend((opened, planned) for planned in opened.plan.runs)
+                    continue
+                opened, planned = ready.popleft()
+                future = pool.submit(_one, planned, quiet=quiet or jobs > 1, lean=lean)
+                running[future] = (opened, planned)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                opened, planned = running.pop(future)
+                summary, seconds = future.result()
+                if on_run:
+                    on_run(planned, summary, seconds)
+                if following := opened.finished(planned, summary):
+                    _check(following)
+                    opened = _Open(following)
+                    ready.extendleft((opened, planned) for planned in reversed(following.runs))
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a run's process died, perhaps for lack of memory; the same command continues, with fewer --jobs if need be"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check(plan: Plan) -> None:
+    for planned in plan.runs:
+        planned.check()
+
+
+class _Open:
+    """A plan being worked off."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.summaries: dict[Path, dict[str, Any]] = {}
+
+    def finished(self, planned: Planned, summary: dict[str, Any]) -> Plan | None:
+        """Note a summary; the plan that follows, once all are there."""
+        self.summaries[planned.folder] = summary
+        if self.plan.then is None or len(self.summaries) < len(self.plan.runs):
+            return None
+        return self.plan.then([self.summaries[planned.folder] for planned in self.plan.runs])
+
+
+class _Here(Executor):
+    """Runs in this process, at once."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call the function; what it raises is raised here."""
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def _same(one: Settings, other: Settings) -> bool:
+    """Whether two runs are the same but for where the data lie and how many threads compute."""
+    return replace(one, data_dir=None, threads=None) == replace(other, data_dir=None, threads=None)
+
+
+def _one(planned: Planned, *, quiet: bool, lean: bool) -> tuple[dict[str, Any], float]:
+    """A run, unless it is finished, and the seconds it took; a divergence is a result here, and is recorded."""
+    settings, folder = planned.settings, planned.folder
+    if (folder / "summary.json").exists():
+        summary = read_json(folder / "summary.json")
+        seconds = summary.get("seconds", 0.0)
+    else:
+        start = time.perf_counter()
+        try:
+            summary = _make(settings, folder, quiet=quiet)
+        except DivergedError as error:
+            summary = {"algorithm": settings.algorithm, "seed": settings.seed, "diverged": True, "why": str(error)}
+            write_json(folder / "summary.json", summary)
+        seconds = time.perf_counter() - start
+    if lean:
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        for name in ("checkpoints", "tensorboard"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    return summary, seconds
+
+
+def _make(settings: Settings, folder: Path, *, quiet: bool) -> dict[str, Any]:
+    settings = settings.resolved()
+    if any((folder / "checkpoints").glob("*.safetensors")):
+        return resume(settings, folder, quiet=quiet)
+    if (folder / "config.json").exists():  # a run stopped before its first checkpoint
+        shutil.rmtree(folder)
+    return run(settings, folder, quiet=quiet)

@@ -1,0 +1,147 @@
+"""What a study leaves beside its runs: tables, a figure, and a README that says how they came about."""
+
+import csv
+import io
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import blockprop
+from blockprop.checkpoint import write_atomically
+from blockprop.metrics import read_metrics
+from blockprop.studies.study import Outcome, Study
+
+__all__ = ["markdown_table", "publish", "spread", "write_tables"]
+
+
+def publish(study: Study, out: Path, command: str) -> None:
+    """Write a study's `NAME-rows.csv`, `NAME-points.csv`, `NAME.png`, `NAME.svg` and `README.md`.
+
+    Args:
+        study: a study whose runs are in the folder, all or some of them.
+        out: its folder.
+        command: what was typed, for the README.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    write_tables(study, out, command)
+    figure = study.draw(study, study.outcomes(out))
+    for ending in ("png", "svg"):
+        # without a date, so that the same runs give the same file
+        figure.savefig(out / f"{study.name}.{ending}", dpi=110, metadata={"Date": None} if ending == "svg" else None)
+
+
+def write_tables(study: Study, out: Path, command: str) -> None:
+    """Write the tables and the README alone, as `publish` does."""
+    outcomes = study.outcomes(out)
+    _write_csv(out / f"{study.name}-rows.csv", (_row_record(outcome) for outcome in outcomes))
+    points = (record for outcome in outcomes for record in _point_records(outcome))
+    _write_csv(out / f"{study.name}-points.csv", points)
+    write_atomically(out / "README.md", _readme(study, outcomes, command).encode())
+
+
+def _row_record(outcome: Outcome) -> dict[str, Any]:
+    record: dict[str, Any] = {"panel": outcome.row.panel, "row": outcome.row.label, "lr": outcome.lr}
+    record |= {"seeds": len(outcome.summaries), "diverged": outcome.diverged}
+    for key in ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "seconds"):
+        values = outcome.values(key)
+        record[f"{key}_mean"] = statistics.fmean(values) if values else None
+        record[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+    return record
+
+
+def _point_records(outcome: Outcome) -> Iterable[dict[str, Any]]:
+    """A record for each seed and evaluation, and the run's last figures in every one of them."""
+    for seed, folder in outcome.folders.items():
+        summary = outcome.summaries[seed]
+        rows = read_metrics(folder / "metrics.jsonl")
+        train = {row["step"]: row for row in rows if row["kind"] == "train"}
+        for row in rows:
+            if row["kind"] not in ("validation", "test"):
+                continue
+            beside = train.get(row["step"], {})
+            yield {
+                "panel": outcome.row.panel,
+                "row": outcome.row.label,
+                "seed": seed,
+                "lr": outcome.lr,
+                "step": row["step"],
+                "epoch": row["epoch"],
+                "evaluated": row["kind"],
+                "accuracy": row["accuracy"],
+                "loss": row["loss"],
+                "train_loss": beside.get("loss"),
+                "gluing_loss": sum(beside.get("gluing_loss") or []) if beside else None,
+                "final_test_accuracy": summary.get("test_accuracy"),
+                "final_test_loss": summary.get("test_loss"),
+                "diverged": bool(summary.get("diverged")),
+                "seconds": summary.get("seconds"),
+            }
+
+
+def _write_csv(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer: csv.DictWriter[str] | None = None
+    for record in records:
+        if writer is None:
+            writer = csv.DictWriter(text, list(record), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in record.items()})
+    write_atomically(path, text.getvalue().encode())
+
+
+def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """Mean ± standard deviation; the value alone if there is one, a dash if there is none."""
+    if not values:
+        return "-"
+    mean = show(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {show(statistics.stdev(values))}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *rows])
+
+
+def _readme(study: Study, outcomes: Sequence[Outcome], command: str) -> str:
+    parts = [f"# {study.title}", study.about.strip(), _made_by(outcomes, command)]
+    expected = sum(len(study.seeds_of(outcome.row)) for outcome in outcomes)
+    done = sum(len(outcome.summaries) for outcome in outcomes)
+    if done < expected:
+        parts.append(f"**Unfinished**: {done} of {expected} runs are there. The same command continues.")
+    parts.append(study.tell(study, outcomes).strip())
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _made_by(outcomes: Sequence[Outcome], command: str) -> str:
+    trained = {
+        folder: outcome.summaries[seed].get("seconds", 0.0)
+        for outcome in outcomes
+        for seed, folder in outcome.folders.items()
+    }
+    versions = f"blockprop {blockprop.__version__}, torch {torch.__version__}, numpy {numpy.__version__}"
+    lines = [
+        f"    {command}",
+        "",
+        f"{versions}, Python {platform.python_version()}; {_machine()}, {os.cpu_count()} cores, one thread a run; "
+        f"{len(trained)} runs, {sum(trained.values()) / 3600:.1f} hours of training; {datetime.now(UTC):%Y-%m-%d}.",
+    ]
+    return "\n".join(lines)
+
+
+def _machine() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
