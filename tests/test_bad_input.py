@@ -85,6 +85,7 @@ MISTAKES = {
     "at-twice": cut(at=["2", "2"]),
     "at-first": cut(at=["0"]),
     "at-number": cut(at=[2]),
+    "at-a-number": cut(at=2),
     "tied-weights": tied,
     "model-not-sequential": later(lambda: blockprop.split(nn.Linear(2, 2), 1)),
     "model-none": later(lambda: blockprop.split(None, 1)),

@@ -135,12 +135,38 @@ def test_flops_and_weights_balance_differently_where_convolutions_are():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(512, 10)
     )
-    by_weights = blockprop.split(model, 2)
+    with pytest.warns(UserWarning, match=r"by weights.*layer '0'.*split\(model, K, sample=x\)") as caught:
+        by_weights = blockprop.split(model, 2)
+    assert caught[0].filename == __file__
+    assert len(caught) == 1
     assert (by_weights.cut.by, str(by_weights.cut)) == ("weights", "0..2 | 3")
     by_flops = blockprop.split(model, 2, sample=torch.zeros(1, 3, 8, 8))
     assert by_flops.cut.by == "flops"
     assert by_flops.cut.costs == (2 * 64 * 216, 2 * 64 * 576 + 2 * 5120)  # 2 FLOPs a multiply-add
     assert str(by_flops.cut) == "0 | 1..3"
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2)), {}),
+        (nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1), nn.Conv1d(4, 2, 1)), {"blocks": 1}),
+        (nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1), nn.Conv1d(4, 2, 1)), {"blocks": 3}),
+        (nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1), nn.Conv1d(4, 2, 1)), {"by": "layers"}),
+        (nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1), nn.Conv1d(4, 2, 1)), {"sample": torch.zeros(1, 4, 3)}),
+    ],
+)
+def test_no_warning_where_the_cut_is_what_was_asked_for(model, settings, recwarn):
+    blockprop.split(model, **{"blocks": 2, **settings})
+    assert not recwarn
+
+
+@pytest.mark.parametrize("at", [[2], [0, 2], 2, ["0", 2], [2.0], [None]])
+def test_a_cut_at_numbers_is_refused_with_the_names(at):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"expected names .*at=\['2'\]; the model has 0, 1, 2") as caught:
+        blockprop.split(model, at=at)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_split_by_time_takes_the_slow_layer_for_slow():

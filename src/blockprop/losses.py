@@ -24,8 +24,9 @@ class OutputLoss:
     accepted as well as torch's [N, C, ...].
 
     Args:
-        loss: `loss(outputs, targets)`, a module or a function, with any reduction. A function without a
-            `reduction` attribute is taken as a mean if it returns a scalar.
+        loss: `loss(outputs, targets)`, a module or a function, with any reduction: "sum" and "none" are turned
+            into the mean, so a step size that was tuned for a sum is to be multiplied by the count. A function
+            without a `reduction` attribute is taken as a mean if it returns a scalar.
         class_dim: where the classes are in the outputs of a loss over class indices, 1 or -1; the default,
             None, reads it off the shapes, which fails only where both fit.
 

@@ -1,5 +1,6 @@
 """Cut a network into K consecutive blocks: balanced by cost, evenly by layers, or at names."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -35,7 +36,7 @@ def split(
             (measured on `sample`, forward and backward), or "layers" (their number). The largest block is made
             as cheap as possible, then the blocks as even as possible.
         sample: an input batch, shape [N, ...]. Without one, "flops" counts weights instead, which is the same
-            for fully connected layers; give one for anything else.
+            for fully connected layers; for anything else a warning asks for one.
 
     Returns:
         The blocks, bottom first, with the record of the cut.
@@ -65,6 +66,11 @@ def split(
     if at is not None:
         if isinstance(at, str):
             at = [at]
+        if not isinstance(at, Sequence) or not all(isinstance(name, str) for name in at):
+            raise ValueError(
+                f"at is {at!r}; expected names as in model.named_modules(), also where they look like numbers, such as "
+                f"at=[{layers[-1][0]!r}]; the model has {', '.join(name for name, _ in layers)}"
+            )
         starts = _named_starts(layers, at)
         return _cut(model, layers, starts, "names", None)
     assert blocks is not None
@@ -77,6 +83,14 @@ def split(
             f"expected at most {len(units)}"
         )
     unit, costs = _costs(layers, units, by, sample)
+    if unit == "weights" and 1 < blocks < len(units):
+        other = next((name for name, layer in layers if not _fully_connected(layer)), None)
+        if other is not None:
+            warnings.warn(
+                f"the cut is balanced by weights, which say little of the cost of layer {other!r}; give an input to "
+                "count FLOPs on, split(model, K, sample=x), or choose by='layers'",
+                stacklevel=2,
+            )
     ends = [*units[1:], len(layers)]
     per_unit = [sum(costs[start:end]) for start, end in zip(units, ends, strict=True)]
     if unit == "layers":
@@ -151,6 +165,12 @@ def _costs(
             raise ValueError("a split by time is measured on an input; give one: split(model, K, by='time', sample=x)")
         return by, measure_seconds(layers, sample)
     raise ValueError(f"unknown split by {by!r}; expected 'flops', 'time' or 'layers'")
+
+
+def _fully_connected(layer: nn.Module) -> bool:
+    """Whether its weight matrices are all applied once to an example, so that they count its FLOPs."""
+    weighted = [module for module in layer.modules() if any(p.ndim >= 2 for p in module.parameters(recurse=False))]
+    return all(isinstance(module, nn.Linear) for module in weighted)
 
 
 def balanced(costs: Sequence[float], blocks: int) -> list[int]:
