@@ -1,23 +1,30 @@
 """The command line. Every command is a thin layer over the library."""
 
+import json as json_text
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from blockprop import __version__
+from blockprop.experiments.comparison import Planned
 from blockprop.experiments.comparison import compare as run_comparison
+from blockprop.experiments.cost import cost as cost_of
+from blockprop.experiments.cost import record
+from blockprop.experiments.cost import table as cost_table
 from blockprop.experiments.report import Run, find_runs, groups, markdown, plot, table
 from blockprop.experiments.run import check_folder, read_json, run
 from blockprop.experiments.run import resume as resume_run
 from blockprop.experiments.settings import Settings
 from blockprop.forms import FormName
+from blockprop.studies.gap import gap
+from blockprop.studies.options import StudyOptions
 
 __all__ = ["app", "main"]
 
@@ -28,6 +35,7 @@ app = App(
     help_on_error=False,
 )
 _DEFAULTS = Settings()
+_STUDY_OPTIONS = StudyOptions()
 _SHORT = {
     "backprop": {"algorithm": "backprop"},
     "blockprop": {"algorithm": "blockprop"},
@@ -89,10 +97,10 @@ def compare(
             raise ValueError(why)
     console = Console(stderr=True, highlight=False)
 
-    def done(name: str, seed: int, summary: dict[str, Any]) -> None:
+    def done(planned: Planned, summary: dict[str, Any], _: float) -> None:
         result = "diverged" if summary.get("diverged") else f"test loss {summary['test_loss']:.4f}"
         if not quiet:
-            console.print(f"{name}, seed {seed}: {result}", soft_wrap=True)
+            console.print(f"{planned.name}, seed {planned.settings.seed}: {result}", soft_wrap=True)
 
     run_comparison(variants, seeds, out, jobs=jobs, quiet=quiet, on_run=done)
     _show([out], out)
@@ -111,6 +119,38 @@ def report(
     if out is None and len(folders) > 1:
         raise ValueError(f"report of {len(folders)} folders needs --out, a folder for the table and the plot")
     _show(folders, out or folders[0])
+
+
+@app.command
+def cost(
+    model: Annotated[str, Parameter(help="mlp, resnet18, preact-resnet18 or gpt.")],
+    *,
+    width: Annotated[int | None, Parameter(help="Hidden units, channels or embedding size.")] = None,
+    depth: Annotated[int | None, Parameter(help="Weight layers of an mlp, blocks of a gpt.")] = None,
+    dropout: Annotated[float, Parameter(help="Share of activations dropped, in [0, 1).")] = 0.0,
+    norm: Annotated[Literal["batch", "layer"] | None, Parameter(help="Normalisation of an mlp.")] = None,
+    blocks: Annotated[int, Parameter(help="K, the number of blocks.")] = 2,
+    h_steps: Annotated[int, Parameter(help="N_h, steps of the h-step.")] = 1,
+    batch_size: Annotated[int, Parameter(help="Examples a step.")] = 64,
+    context: Annotated[int, Parameter(help="Characters in an example of a gpt.")] = 64,
+    repeats: Annotated[int, Parameter(help="Rounds of timing.")] = 7,
+    json: Annotated[bool, Parameter(help="Print JSON instead of the table.", negative=())] = False,
+) -> None:
+    """Count and time what a training step costs in every form, beside backprop and Appendix A's bounds."""
+    sizes = {"width": width, "depth": depth, "dropout": dropout, "norm": norm, "context": context}
+    counts = {"blocks": blocks, "h_steps": h_steps, "batch_size": batch_size, "repeats": repeats}
+    made, flops, seconds = cost_of(model, **sizes, **counts)  # type: ignore[arg-type]
+    if json:
+        print(json_text.dumps({"model": model, "batch_size": batch_size, **record(made, flops, seconds)}, indent=1))
+        return
+    title = f"{model}, K = {blocks}, batch of {batch_size}, N_h = {h_steps}: {made.cut}"
+    Console(width=None if sys.stdout.isatty() else 120).print(cost_table(flops, seconds, title))
+
+
+@app.command(name="gap")
+def gap_command(options: StudyOptions = _STUDY_OPTIONS) -> None:
+    """Run the table of all forms beside backprop, on all kinds of networks, with step sizes tuned alike."""
+    options.perform(gap(data_dir=options.data_dir, seeds=options.seeds, quick=options.quick), "blockprop gap")
 
 
 def _show(folders: Sequence[Path], out: Path) -> None:

@@ -1,17 +1,62 @@
-"""What a layer costs: counted FLOPs, measured seconds, or its number of weights."""
+"""What something costs: counted FLOPs and measured seconds, of any call and of the layers of a model; weights."""
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from blockprop.errors import first_line
 
-__all__ = ["count_flops", "count_weights", "measure_seconds"]
+__all__ = ["count_flops", "count_weights", "counted", "measure_seconds", "timed"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up what the operations cost by the formulas of `torch.utils.flop_counter`.
+
+    Its `FlopCounterMode` does the same by module, with hooks that `torch.autograd.grad` to a module's input refuses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def counted(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
+    """What a call returns, and the FLOPs of the operations that ran in it, backward passes included.
+
+    Matrix products, convolutions and attention count, 2 FLOPs a multiply-add; elementwise work counts as nothing.
+
+    >>> counted(torch.mm, torch.zeros(2, 3), torch.zeros(3, 4))[1]
+    48.0
+    """
+    # the formulas leave out the fused attention of some devices; taken as products, it counts on all
+    with sdpa_kernel(SDPBackend.MATH), _Flops() as flops:
+        result = function(*args, **kwargs)
+    return result, flops.total
+
+
+def timed(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
+    """What a call returns, and the seconds that the processor spent on it: waiting for a busy core does not count."""
+    start = time.process_time()
+    result = function(*args, **kwargs)
+    return result, time.process_time() - start
 
 
 @contextmanager
@@ -48,9 +93,7 @@ def _walk(
 
 
 def count_flops(layers: Sequence[tuple[str, nn.Module]], sample: Tensor) -> list[float]:
-    """FLOPs of each layer's forward pass on a sample batch, counted from the operations that run.
-
-    Matrix products, convolutions and attention count, 2 FLOPs a multiply-add; elementwise work counts as nothing.
+    """FLOPs of each layer's forward pass on a sample batch, as [`counted`][blockprop.cost.counted].
 
     Args:
         layers: (name, module) pairs, evaluated one after the other.
@@ -64,9 +107,8 @@ def count_flops(layers: Sequence[tuple[str, nn.Module]], sample: Tensor) -> list
     """
 
     def flops(layer: nn.Module, h: Tensor) -> float:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            layer(h)
-        return float(counter.get_total_flops())
+        with torch.no_grad():
+            return counted(layer, h)[1]
 
     return _walk(layers, sample, flops)
 
