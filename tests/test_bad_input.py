@@ -57,6 +57,11 @@ class Unlike(nn.Module):
         return x[:3]
 
 
+class Overwriting(nn.Module):
+    def forward(self, x):
+        return x.tanh_()
+
+
 def solved(*solvers, **settings):
     return trained(form="proximal", h_solver=list(solvers) if len(solvers) > 1 else solvers[0], **settings)
 
@@ -151,6 +156,7 @@ MISTAKES = {
     "optimizer-list-too-short": trained(optimizer=[sgd(), sgd()]),
     "scheduler-not-callable": trained(scheduler=5),
     "scheduler-list-too-long": trained(scheduler=[None] * 4),
+    "scheduler-plateau": trained(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau),
     "precision-string": trained(precision="bfloat16"),
     "devices-too-many": trained(devices=["cpu"] * 4),
     "devices-none-listed": trained(devices=[]),
@@ -187,6 +193,7 @@ MISTAKES = {
     "inputs-float32": trained(x=lambda x: x.float()),
     "inputs-integer": trained(x=lambda x: x.long()),
     "integer-output-between-blocks": trained(cut=between(Argmax())),
+    "input-overwritten-by-a-block": trained(cut=lambda model: blockprop.split([model, Overwriting()], at=["1"])),
     "rows-lost-between-blocks": trained(cut=between(Unlike())),
     "backprop-label-too-large": trained(make=blockprop.Backprop, y=lambda y: y * 0 + 5),
     "backprop-inputs-nan": trained(make=blockprop.Backprop, x=placed(float("nan"))),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import blockprop
 from blockprop.evaluation import Evaluation
 
 
@@ -152,3 +153,47 @@ def test_threads_that_replay_at_a_time_do_not_mix_their_masks():
         thread.join()
     assert not wrong
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("form", ["exact", "published", "proximal"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_that_begins_in_place_is_as_good_as_one_that_does_not(form, recompute):
+    def step(inplace):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Dropout(0.3, inplace=inplace),
+            nn.Linear(4, 8),
+            nn.Sequential(nn.ELU(inplace=inplace), nn.Linear(8, 8)),
+            nn.ELU(inplace=inplace),
+            nn.Linear(8, 3),
+        )
+        algo = blockprop.BlockProp(
+            blockprop.split(model, at=["2", "3"]),
+            nn.CrossEntropyLoss(),
+            lambda p: torch.optim.SGD(p, 0.1),
+            form=form,
+            recompute=recompute,
+        )
+        x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+        before = x.clone()
+        algo.step(x, y)
+        assert torch.equal(x, before), "the data are the user's"
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(step(True), step(False))  # ELU differentiates its output where it works in place
+
+
+class Overwriting(nn.Module):
+    def forward(self, x):
+        return x.tanh_()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("first", [Overwriting(), nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True))])
+def test_a_block_that_overwrites_its_input_unseen_is_named(first, recompute):
+    model = nn.Sequential(nn.Linear(4, 8), first, nn.Linear(8, 3))
+    algo = blockprop.BlockProp(
+        blockprop.split(model, at=["1"]), nn.CrossEntropyLoss(), lambda p: torch.optim.SGD(p, 0.1), recompute=recompute
+    )
+    with pytest.raises(ValueError, match=r"^block 2 works in place on its input.*inplace=False$"):
+        algo.step(torch.randn(6, 4), torch.zeros(6, dtype=torch.long))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blockprop.blocks import Blocks
-from blockprop.errors import first_line
+from blockprop.errors import block_failed, first_line
 from blockprop.executors import EXECUTORS, Executor, StepReport
 from blockprop.executors.executor import check_finite
 from blockprop.forms import Form, FormName, form_named
@@ -294,9 +294,7 @@ def backprop_gradient(
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError) as error:
-                raise ValueError(
-                    f"block {k} failed on an input of shape {list(h.shape)} and type {h.dtype}: {first_line(error)}"
-                ) from error
+                raise block_failed(k, block, h, error) from error
         mean, _ = loss(h.float() if h.dtype == torch.bfloat16 else h, targets.to(h.device))
         value = check_finite(mean)
         parameters = [parameter for wstep in wsteps for parameter in wstep.parameters]

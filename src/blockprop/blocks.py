@@ -4,7 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
+
+from blockprop.errors import block_failed
 
 __all__ = ["Blocks", "Cut"]
 
@@ -77,11 +80,21 @@ class Blocks(Sequence[nn.Module]):
         return iter(self._blocks)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The network's output, block after block, each on its own device; shape [N, ...]."""
+        """The network's output, block after block, each on its own device; shape [N, ...].
+
+        Raises:
+            ValueError: a block does not take an input of this shape or type.
+        """
         h = inputs
-        for block in self._blocks:
+        for k, block in enumerate(self._blocks, 1):
             parameter = next(block.parameters(), None)
-            h = block(h if parameter is None else h.to(parameter.device))
+            h = h if parameter is None else h.to(parameter.device)
+            try:
+                h = block(h)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, IndexError) as error:
+                raise block_failed(k, block, h, error) from error
         return h
 
     def __repr__(self) -> str:

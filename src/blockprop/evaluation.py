@@ -51,6 +51,12 @@ def _replayed(device: torch.device, state: Tensor) -> Iterator[None]:
             _set_random_state(device, present)
 
 
+def _kept(block: nn.Module, inputs: Tensor) -> Tensor:
+    """The inputs, as a copy if the block's first layer works in place: they are the anchor, and others' as well."""
+    first = next((module for module in block.modules() if not isinstance(module, nn.Sequential)), None)
+    return inputs.clone() if getattr(first, "inplace", False) else inputs
+
+
 class Evaluation:
     """Block b_k evaluated on a batch; call it to evaluate the same function again on another input.
 
@@ -89,7 +95,7 @@ class Evaluation:
             self._random_state = _get_random_state(self.device)
         self.input = inputs.detach().requires_grad_(differentiable)
         with torch.set_grad_enabled(keep_graph), self._autocast():
-            self.output: Tensor = block(self.input)
+            self.output: Tensor = block(_kept(block, self.input))
         if self._random_state is not None and torch.equal(self._random_state, _get_random_state(self.device)):
             self._random_state = None  # nothing was drawn: repetitions need not take turns
 
@@ -110,7 +116,7 @@ class Evaluation:
             inputs: any value of h_k, shape [N, ...]; taken in the dtype of the first input.
         """
         assert self.repeatable, "this evaluation was made with repeatable=False"
-        inputs = inputs.to(self.input.dtype)
+        inputs = _kept(self.block, inputs.to(self.input.dtype))
         replay = nullcontext() if self._random_state is None else _replayed(self.device, self._random_state)
         # the repetition writes its running statistics into copies, which are then dropped
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from blockprop.errors import first_line
+from blockprop.errors import IN_PLACE, block_failed
 from blockprop.evaluation import Evaluation
 from blockprop.forms import Form
 from blockprop.gluing import Gluing
@@ -105,12 +105,14 @@ class Stage:
             repeatable: True to make the evaluation repeatable although training does not need it.
 
         Raises:
-            ValueError: the block does not take an input of this shape or type.
+            ValueError: the block does not take an input of this shape or type, or writes into it.
         """
+        inputs = inputs.to(self.device, non_blocking=True)
+        version = None if inputs.is_inference() else inputs._version
         try:
             evaluation = Evaluation(
                 self.block,
-                inputs.to(self.device, non_blocking=True),
+                inputs,
                 differentiable=self.below is not None,
                 keep_graph=keep_graph,
                 repeatable=self.repeatable or repeatable,
@@ -119,10 +121,9 @@ class Stage:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError) as error:
-            raise ValueError(
-                f"block {self.index} failed on an input of shape {list(inputs.shape)} and type {inputs.dtype}: "
-                f"{first_line(error)}"
-            ) from error
+            raise block_failed(self.index, self.block, inputs, error) from error
+        if version is not None and inputs._version != version:
+            raise ValueError(f"block {self.index} {IN_PLACE}")
         if not isinstance(evaluation.output, Tensor):
             raise ValueError(
                 f"block {self.index} gives a {type(evaluation.output).__name__}; expected one tensor: wrap a module "

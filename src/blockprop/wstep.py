@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 __all__ = ["OptimizerFactory", "SchedulerFactory", "WStep"]
 
@@ -24,7 +25,8 @@ class WStep:
         accumulate: update on every n-th call only, with the mean of the n gradients; default 1.
 
     Raises:
-        ValueError: `clip` or `accumulate` out of range, or `optimizer` does not make a torch optimizer.
+        ValueError: `clip` or `accumulate` out of range, `optimizer` does not make a torch optimizer, or `scheduler`
+            makes one that asks for a metric at every step.
     """
 
     def __init__(
@@ -57,6 +59,12 @@ class WStep:
         if scheduler is not None and not callable(scheduler):
             raise ValueError(f"scheduler is a {type(scheduler).__name__}; expected a function from an optimizer to one")
         self.scheduler = scheduler(self.optimizer) if scheduler and self.optimizer else None
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "scheduler made a ReduceLROnPlateau, whose steps need a metric that a block does not have; expected "
+                "one that counts steps, such as CosineAnnealingLR: or make and step it in a loop of your own, on the "
+                "optimizer of each of algo.wsteps"
+            )
         self.clip = clip
         self.accumulate = accumulate
         self.calls = 0
