@@ -48,3 +48,8 @@ def test_a_shape_that_does_not_fit_has_no_type_to_blame():
     with pytest.raises(ValueError, match="block 1 failed on an input of shape") as caught:
         algo.predict(torch.zeros(3, 5))
     assert "expected torch" not in str(caught.value)
+
+
+def test_a_sample_of_another_type_is_refused_with_the_right_one():
+    with pytest.raises(ValueError, match=r"layer '1' \(Linear\) .*give inputs\.to\(torch\.float32\)$"):
+        blockprop.split(MLP, 2, sample=torch.zeros(3, 4).double())

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from blockprop.errors import first_line
+from blockprop.errors import first_line, remedy
 
 __all__ = ["count_flops", "count_weights", "counted", "measure_seconds", "timed"]
 
@@ -87,7 +87,7 @@ def _walk(
             except (RuntimeError, IndexError) as error:
                 raise ValueError(
                     f"layer {name!r} ({type(layer).__name__}) does not take an input of shape {list(h.shape)} and "
-                    f"type {h.dtype}: {first_line(error)}"
+                    f"type {h.dtype}: {first_line(error)}{remedy(layer, h)}"
                 ) from error
     return costs
 
