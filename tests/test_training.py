@@ -108,6 +108,16 @@ def test_metrics_hold_training_validation_and_diagnostics(tmp_path):
     assert len(kinds["diagnostics"][0]["curvature"]) == 2
 
 
+def test_evaluation_on_the_test_part(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    training = Training(algorithm(), dataset(), batch_size=16, epochs=1, metrics=metrics, evaluate_on="test")
+    training.run()
+    metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in rows} == {"train", "test"}
+    assert training.score == score(training.algo, training.dataset.test)
+
+
 def test_diagnostics_do_not_change_the_run():
     states = []
     for every in (0, 1):

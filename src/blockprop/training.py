@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -118,6 +118,7 @@ class Training:
         checkpoints: where checkpoints are written, or None.
         log_every: steps between rows of training metrics, default 50.
         evaluate_every: steps between evaluations on the validation part, default once an epoch.
+        evaluate_on: "test" evaluates on the test part instead, for figures; nothing may be chosen by it.
         checkpoint_every: steps between checkpoints, default once an epoch.
         diagnose_every: steps between diagnostics (alignment, curvature), default 0 for never. BlockProp only.
         on_step: called with this after every step, for progress.
@@ -139,6 +140,7 @@ class Training:
         checkpoints: Checkpoints | None = None,
         log_every: int = 50,
         evaluate_every: int | None = None,
+        evaluate_on: Literal["validation", "test"] = "validation",
         checkpoint_every: int | None = None,
         diagnose_every: int = 0,
         on_step: Callable[["Training"], None] | None = None,
@@ -181,6 +183,8 @@ class Training:
         self.checkpoints = checkpoints
         self.log_every = log_every
         self.evaluate_every = evaluate_every or self.steps_per_epoch
+        self.evaluate_on = evaluate_on
+        self.evaluated: Split = getattr(dataset, evaluate_on)
         self.checkpoint_every = checkpoint_every or self.steps_per_epoch
         self.diagnose_every = diagnose_every if isinstance(algo, BlockProp) else 0
         self.on_step = on_step
@@ -190,7 +194,7 @@ class Training:
         self.window = Means()  # since the last row of metrics
         self.epoch_means = Means()  # since the epoch began
         self.last_epoch: dict[str, Any] = {}
-        self.validation: Score | None = None
+        self.score: Score | None = None  # the latest evaluation
 
     def run(self) -> None:
         """Train to the end.
@@ -236,9 +240,9 @@ class Training:
             self.last_epoch = self.epoch_means.values()
         if last or self.step % self.log_every == 0:
             self._log()
-        if (last or self.step % self.evaluate_every == 0) and len(self.dataset.validation):
-            self.validation = score(self.algo, self.dataset.validation)
-            self._write("validation", {"loss": self.validation.loss, "accuracy": self.validation.accuracy})
+        if (last or self.step % self.evaluate_every == 0) and len(self.evaluated):
+            self.score = score(self.algo, self.evaluated)
+            self._write(self.evaluate_on, {"loss": self.score.loss, "accuracy": self.score.accuracy})
         if self.checkpoints and (last or self.step % self.checkpoint_every == 0):
             self.checkpoints.save(self.step, self.state())
         if self.on_step:

@@ -94,6 +94,22 @@ class Dataset:
         outputs = {"classification": "classes", "language": "tokens", "regression": "values"}[self.task]
         return f"Dataset({self.name!r}: {parts}; inputs {list(self.input_shape)}, {self.classes} {outputs})"
 
+    def first(self, count: int) -> "Dataset":
+        """The dataset with only the first `count` training examples; the other parts are whole.
+
+        Raises:
+            ValueError: there are fewer, or it is a text, whose examples overlap.
+
+        >>> pairs = torch.rand(20, 3), torch.arange(20) % 4
+        >>> len(Dataset.from_tensors(pairs, pairs).first(5).train)
+        5
+        """
+        if not isinstance(self.train, Examples):
+            raise ValueError(f"{self.name} is a text; expected images or vectors to take the first {count} of")
+        if not 1 <= count <= len(self.train):
+            raise ValueError(f"train size is {count}; expected a number from 1 to {len(self.train)}")
+        return replace(self, train=self.train.select(torch.arange(count)))
+
     @property
     def sample(self) -> Tensor:
         """Two training inputs [2, *input_shape] as the network reads them, to learn shapes or count FLOPs."""

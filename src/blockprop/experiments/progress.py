@@ -52,8 +52,8 @@ class Progress:
         rate = training.samples / training.seconds if training.seconds else 0.0
         means = training.epoch_means
         note = f"loss {means.loss / max(means.examples, 1):.4f}"
-        if training.validation:
-            note += f", validation {_figure(training.validation.accuracy, training.validation.loss)}"
+        if training.score:
+            note += f", {training.evaluate_on} {_figure(training.score.accuracy, training.score.loss)}"
         if means.unstable:
             note += f", {means.unstable} unstable h-steps"
         self.bar.update(
