@@ -8,6 +8,7 @@ block above learns, so a fixed γ_h may become unstable in the middle of a run.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from blockprop.gluing import Gluing
-from blockprop.objective import CurvatureProduct, GluingProblem
+from blockprop.objective import GluingProblem
 from blockprop.penalties import Penalty
 
-__all__ = ["Backtracking", "GaussNewton", "GradientDescent", "HSolver", "Solution"]
+__all__ = ["Backtracking", "GaussNewton", "GradientDescent", "HSolver", "Solution", "conjugate_gradients"]
 
 
 @dataclass(frozen=True)
@@ -302,35 +303,55 @@ class GaussNewton:
                     return Solution(problem.gluing(best), taken - 1, residual, False, False)
                 best = displacement
             matrix = problem.curvature_product(displacement)
-            move, residual = self._conjugate_gradients(matrix, -gradient, problem.evaluation.coupled)
+            move, residual = conjugate_gradients(
+                matrix,
+                -gradient,
+                iterations=self.iterations,
+                tolerance=self.tolerance,
+                coupled=problem.evaluation.coupled,
+            )
             if not torch.isfinite(move).all():
                 return Solution(problem.gluing(displacement), taken, float("inf"), False, False)
             displacement = displacement + move
             taken += 1
         return Solution(problem.gluing(displacement), taken, residual, residual <= self.tolerance, stable)
 
-    def _conjugate_gradients(self, matrix: CurvatureProduct, right: Tensor, coupled: bool) -> tuple[Tensor, float]:
-        """Solve matrix x = right for every example; x and the worst relative residual."""
 
-        def inner(a: Tensor, b: Tensor) -> Tensor:
-            return ((a * b).sum() if coupled else (a * b).flatten(1).sum(1)).view(-1, *[1] * (a.ndim - 1))
+def conjugate_gradients(
+    matrix: Callable[[Tensor], Tensor], right: Tensor, *, iterations: int, tolerance: float, coupled: bool = False
+) -> tuple[Tensor, float]:
+    """Solve matrix x = right for every example; an example whose curvature is not positive stands still.
 
-        x = torch.zeros_like(right)
-        residual, direction = right, right
-        square = inner(residual, residual)
-        start = square.clamp_min(torch.finfo(square.dtype).tiny)
-        for _ in range(self.iterations):
-            image = matrix(direction)
-            curvature = inner(direction, image)
-            # an example that is solved, or whose model is not convex, stands still
-            moving = (curvature > 0) & (square > self.tolerance**2 * start)
-            if not moving.any():
-                break
-            alpha = torch.where(moving, square / curvature.where(moving, 1), 0)
-            x = x + alpha * direction
-            residual = residual - alpha * image
-            new_square = inner(residual, residual)
-            beta = torch.where(moving, new_square / square.where(moving, 1), 0)
-            direction = residual + beta * direction
-            square = new_square
-        return x, float((square / start).max().sqrt())
+    Args:
+        matrix: a symmetric matrix as a product with vectors of shape [N, ...], block by example unless `coupled`.
+        right: the right side, shape [N, ...].
+        iterations: the most that are taken.
+        tolerance: relative residual at which an example is solved.
+        coupled: True to solve the batch as one system.
+
+    Returns:
+        x, and the worst relative residual.
+    """
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return ((a * b).sum() if coupled else (a * b).flatten(1).sum(1)).view(-1, *[1] * (a.ndim - 1))
+
+    x = torch.zeros_like(right)
+    residual, direction = right, right
+    square = inner(residual, residual)
+    start = square.clamp_min(torch.finfo(square.dtype).tiny)
+    for _ in range(iterations):
+        image = matrix(direction)
+        curvature = inner(direction, image)
+        # an example that is solved, or whose model is not convex, stands still
+        moving = (curvature > 0) & (square > tolerance**2 * start)
+        if not moving.any():
+            break
+        alpha = torch.where(moving, square / curvature.where(moving, 1), 0)
+        x = x + alpha * direction
+        residual = residual - alpha * image
+        new_square = inner(residual, residual)
+        beta = torch.where(moving, new_square / square.where(moving, 1), 0)
+        direction = residual + beta * direction
+        square = new_square
+    return x, float((square / start).max().sqrt())
