@@ -1,11 +1,16 @@
-"""Who runs the stages: one after the other (`local`), or in parallel threads (`threads`). The numbers are the same."""
+"""Who runs the stages.
+
+One after the other (`local`), or in parallel threads (`threads`), with the same numbers; or by a schedule in which
+feedback comes late (`PipelinedExecutor`).
+"""
 
 from collections.abc import Callable
 
 from blockprop.executors.executor import Executor, StepReport
 from blockprop.executors.local import LocalExecutor
+from blockprop.executors.pipelined import PipelinedExecutor
 from blockprop.executors.threads import ThreadsExecutor
 
-__all__ = ["EXECUTORS", "Executor", "LocalExecutor", "StepReport", "ThreadsExecutor"]
+__all__ = ["EXECUTORS", "Executor", "LocalExecutor", "PipelinedExecutor", "StepReport", "ThreadsExecutor"]
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {"local": LocalExecutor, "threads": ThreadsExecutor}

@@ -103,7 +103,7 @@ def settings_of(out: Path) -> Settings:
         recorded["lr_schedule"] = recorded.pop("schedule")  # its name in older runs
     defaults = Settings()
     values = {field.name: recorded.get(field.name, getattr(defaults, field.name)) for field in fields(Settings)}
-    for key in ("penalty", "block_lr", "devices"):
+    for key in ("penalty", "split_at", "block_lr", "devices"):
         values[key] = tuple(values[key])
     values["data_dir"] = None if values["data_dir"] is None else Path(values["data_dir"])
     return Settings(**values).resolved()
@@ -137,7 +137,10 @@ def _algorithm(settings: Settings, dataset: Dataset, total_steps: int) -> BlockP
         dropout=settings.dropout,
         norm=settings.norm,
     )
-    blocks = split(model, settings.blocks, by=settings.split_by, sample=dataset.sample)
+    if settings.split_at:
+        blocks = split(model, at=settings.split_at)
+    else:
+        blocks = split(model, settings.blocks, by=settings.split_by, sample=dataset.sample)
     loss = OutputLoss(nn.CrossEntropyLoss(), class_dim=-1 if dataset.task == "language" else 1)
     common: dict[str, Any] = {
         "scheduler": settings.scheduler(total_steps),
@@ -155,7 +158,7 @@ def _algorithm(settings: Settings, dataset: Dataset, total_steps: int) -> BlockP
         form=settings.form,
         penalty=settings.penalties(),
         h_solver=settings.solver(),
-        executor=settings.executor,
+        executor=settings.executor_with(settings.seed),
         recompute=settings.recompute,
         **common,
     )
@@ -171,6 +174,8 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, *, quiet
         context=settings.context,
         augment=settings.augment,
     )
+    if settings.train_size is not None:
+        dataset = dataset.first(settings.train_size)
     steps_per_epoch = -(-len(dataset.train) // max(1, settings.batch_size))
     total_steps = (settings.epochs or 0) * steps_per_epoch if settings.steps is None else settings.steps
     algo = _algorithm(settings, dataset, total_steps)
@@ -185,6 +190,7 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, *, quiet
             log_every=settings.log_every,
             evaluate_every=settings.evaluate_every,
             checkpoint_every=settings.checkpoint_every,
+            evaluate_on=settings.evaluate_on,
             diagnose_every=settings.diagnose_every,
             on_step=progress.update,
         )

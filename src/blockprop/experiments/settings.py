@@ -10,11 +10,14 @@ from cyclopts import Group, Parameter
 from torch import nn
 from torch.optim import Optimizer
 
+from blockprop.curvature import Constant
 from blockprop.data import NAMES
+from blockprop.executors import Executor, PipelinedExecutor
 from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
 from blockprop.models.catalogue import sizes
 from blockprop.penalties import Huber, Penalty, Squared
+from blockprop.schedules import Latency
 from blockprop.split import SplitBy
 from blockprop.wstep import OptimizerFactory
 
@@ -23,8 +26,9 @@ __all__ = ["BLOCKPROP_ONLY", "Settings"]
 _DATA = Group("Data", sort_key=1)
 _MODEL = Group("Model", sort_key=2)
 _ALGORITHM = Group("Algorithm", sort_key=3)
-_OPTIMIZER = Group("Optimizer", sort_key=4)
-_RUN = Group("Run", sort_key=5)
+_SCHEDULE = Group("Schedule", sort_key=4)
+_OPTIMIZER = Group("Optimizer", sort_key=5)
+_RUN = Group("Run", sort_key=6)
 
 
 def _option(group: Group, help_text: str, **more: Any) -> Parameter:
@@ -49,8 +53,12 @@ BLOCKPROP_ONLY = (
     "executor",
     "recompute",
     "diagnose_every",
+    "schedule",
 )
 """Settings that backprop has no use for."""
+
+_PIPELINE_ONLY = ("feedback", "curvature", "microbatches", "latency", "lost")
+_SYNC_ONLY = ("executor", "recompute", "diagnose_every")
 
 _EPOCHS = {"digits": 30, "mnist": 5, "fashion-mnist": 5, "cifar10": 10}
 
@@ -67,6 +75,9 @@ class Settings:
         Path | None, _option(_DATA, "Folder with the data's published files. Else: the user's cache, or a download.")
     ] = None
     validation: Annotated[float, _option(_DATA, "Share of the training data held out to choose by.")] = 0.1
+    train_size: Annotated[
+        int | None, _option(_DATA, "Train on the first so many examples only, after the validation part is held out.")
+    ] = None
     context: Annotated[int, _option(_DATA, "Characters in a window of text.")] = 64
     augment: Annotated[
         bool | None, Parameter(group=_DATA, help="Random crops and flips; on for cifar10 unless switched off.")
@@ -87,6 +98,12 @@ class Settings:
     )
     blocks: Annotated[int, _option(_ALGORITHM, "K, the number of blocks.")] = 2
     split_by: Annotated[SplitBy, _option(_ALGORITHM, "What is balanced over the blocks.")] = "flops"
+    split_at: Annotated[
+        tuple[str, ...],
+        _option(
+            _ALGORITHM, "Names of the modules that begin a block, instead of a balanced cut.", consume_multiple=True
+        ),
+    ] = ()
     form: Annotated[
         FormName,
         _option(
@@ -124,6 +141,28 @@ class Settings:
         bool, _option(_ALGORITHM, "Train block by block in the memory of the largest, for one more forward pass.")
     ] = False
 
+    schedule: Annotated[
+        Literal["sync", "pipelined"],
+        _option(
+            _SCHEDULE,
+            "sync: one batch up and down, Algorithm 1; pipelined: all blocks busy on different batches, and feedback "
+            "is late.",
+        ),
+    ] = "sync"
+    feedback: Annotated[
+        Literal["gradient", "target"],
+        _option(_SCHEDULE, "What late feedback is: the gradient as it was, or a target for what the block gives now."),
+    ] = "target"
+    curvature: Annotated[
+        float | Literal["auto"],
+        _option(_SCHEDULE, "κ of the targets, a number, or auto: measured while training."),
+    ] = "auto"
+    microbatches: Annotated[
+        int, _option(_SCHEDULE, "Parts of a batch in the pipeline; more of them make feedback younger.")
+    ] = 1
+    latency: Annotated[int, _option(_SCHEDULE, "Every message takes up to so many ticks longer, drawn at random.")] = 0
+    lost: Annotated[float, _option(_SCHEDULE, "Share of the feedback messages that are lost.")] = 0.0
+
     optimizer: Annotated[
         Literal["sgd", "adam", "adamw"] | None, _option(_OPTIMIZER, "Optimizer of every block. Default: by the model.")
     ] = None
@@ -133,9 +172,9 @@ class Settings:
     ] = ()
     momentum: Annotated[float | None, _option(_OPTIMIZER, "Momentum of sgd. Default: by the model.")] = None
     weight_decay: Annotated[float, _option(_OPTIMIZER, "Weight decay.")] = 0.0
-    lr_schedule: Annotated[Literal["constant", "cosine"], _option(_OPTIMIZER, "How the step size falls over the run.")] = (
-        "constant"
-    )
+    lr_schedule: Annotated[
+        Literal["constant", "cosine"], _option(_OPTIMIZER, "How the step size falls over the run.")
+    ] = "constant"
     warmup: Annotated[int, _option(_OPTIMIZER, "Steps over which the step size rises from 0.")] = 0
     clip: Annotated[float | None, _option(_OPTIMIZER, "Largest gradient norm of a block.")] = None
     accumulate: Annotated[int, _option(_OPTIMIZER, "Update every n batches, with their mean gradient.")] = 1
@@ -150,6 +189,10 @@ class Settings:
     threads: Annotated[int | None, _option(_RUN, "Threads of each operation. Default: all cores.")] = None
     log_every: Annotated[int, _option(_RUN, "Steps between rows of training metrics.")] = 50
     evaluate_every: Annotated[int | None, _option(_RUN, "Steps between validations. Default: once an epoch.")] = None
+    evaluate_on: Annotated[
+        Literal["validation", "test"],
+        _option(_RUN, "test draws the curves of a figure on the test part, from which nothing may be chosen."),
+    ] = "validation"
     checkpoint_every: Annotated[int | None, _option(_RUN, "Steps between checkpoints. Default: once an epoch.")] = None
     diagnose_every: Annotated[
         int, _option(_RUN, "Steps between diagnostics: alignment with backprop, curvature. 0: never.")
@@ -183,14 +226,21 @@ class Settings:
         for flag, rate in (("--lr", self.lr), *(("--block-lr", rate) for rate in self.block_lr)):
             if rate is not None and not 0 < rate < float("inf"):
                 raise ValueError(f"{flag} is {rate}; expected a positive finite step size")
-        if self.block_lr and len(self.block_lr) != self.blocks:
+        blocks = len(self.split_at) + 1 if self.split_at else self.blocks
+        if self.blocks not in (Settings().blocks, blocks):
             raise ValueError(
-                f"--block-lr lists {len(self.block_lr)} step sizes for {self.blocks} blocks; expected one per block"
+                f"--split-at names {len(self.split_at)} cuts, hence {blocks} blocks, but --blocks is "
+                f"{self.blocks}; leave one of them out"
+            )
+        if self.block_lr and len(self.block_lr) != blocks:
+            raise ValueError(
+                f"--block-lr lists {len(self.block_lr)} step sizes for {blocks} blocks; expected one per block"
             )
         unsaid = self.epochs is None and self.steps is None
         own = sizes(model)
         return replace(
             self,
+            blocks=blocks,
             augment=self.data == "cifar10" if self.augment is None else self.augment,
             model=model,
             width=own.get("width") if self.width is None else self.width,
@@ -206,10 +256,17 @@ class Settings:
     def unused(self) -> dict[str, str]:
         """Settings that were changed but have no effect beside the others, and for each a line that says why."""
         found = {}
+        if self.schedule == "sync" or self.algorithm == "backprop":
+            found = dict.fromkeys(_PIPELINE_ONLY, "is of --schedule pipelined")
+        elif self.feedback == "gradient":
+            found = {"curvature": "is of --feedback target"}
         if self.algorithm == "backprop":
-            found = dict.fromkeys(BLOCKPROP_ONLY, "is of blockprop, not of --algorithm backprop")
-        elif self.h_solver != "momentum":
-            found = {"h_momentum": f"is of --h-solver momentum, not of {self.h_solver}"}
+            found |= dict.fromkeys(BLOCKPROP_ONLY, "is of blockprop, not of --algorithm backprop")
+        else:
+            if self.schedule == "pipelined":
+                found |= dict.fromkeys(_SYNC_ONLY, "is of --schedule sync")
+            if self.h_solver != "momentum":
+                found["h_momentum"] = f"is of --h-solver momentum, not of {self.h_solver}"
             if self.h_solver == "gauss-newton":
                 found["h_lr"] = "is of the other h-solvers; gauss-newton has no step size"
         defaults = Settings()
@@ -241,6 +298,16 @@ class Settings:
                 return None
             case _:
                 return GradientDescent(self.h_steps, self.h_lr)
+
+    def executor_with(self, seed: int) -> str | Executor:
+        """Who carries out the schedule."""
+        if self.schedule == "sync":
+            return self.executor
+        known = None if self.curvature == "auto" else self.curvature
+        curvature = Constant(0.0) if self.feedback == "gradient" else None if known is None else Constant(known)
+        return PipelinedExecutor(
+            microbatches=self.microbatches, latency=Latency(self.latency, self.lost, seed), curvature=curvature
+        )
 
     def _h_lr(self) -> float | None:
         """γ_h as the links will have it; None where it differs from one to the next, or the solver has none."""
