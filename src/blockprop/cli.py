@@ -1,9 +1,10 @@
 """The command line. Every command is a thin layer over the library."""
 
+import itertools
 import json as json_text
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
-from blockprop import __version__
+from blockprop import __version__, schedules
 from blockprop.experiments.comparison import Planned
 from blockprop.experiments.comparison import compare as run_comparison
 from blockprop.experiments.cost import cost as cost_of
@@ -23,6 +24,8 @@ from blockprop.experiments.run import check_folder, read_json, run
 from blockprop.experiments.run import resume as resume_run
 from blockprop.experiments.settings import Settings
 from blockprop.forms import FormName
+from blockprop.studies.figure2 import figure2
+from blockprop.studies.figure3 import figure3
 from blockprop.studies.gap import gap
 from blockprop.studies.options import StudyOptions
 
@@ -145,6 +148,63 @@ def cost(
         return
     title = f"{model}, K = {blocks}, batch of {batch_size}, N_h = {h_steps}: {made.cut}"
     Console(width=None if sys.stdout.isatty() else 120).print(cost_table(flops, seconds, title))
+
+
+@app.command
+def figure(
+    number: Annotated[Literal[2, 3], Parameter(help="2: MNIST, over N_h and λ. 3: ResNet18 on CIFAR-10.")],
+    options: StudyOptions = _STUDY_OPTIONS,
+    *,
+    width: Annotated[int | None, Parameter(help="Figure 3: width of the network. Default: 64.")] = None,
+    epochs: Annotated[int | None, Parameter(help="Epochs. Default: 3 for figure 2, 10 for figure 3.")] = None,
+    train_size: Annotated[int | None, Parameter(help="Figure 3: training images. Default: all.")] = None,
+) -> None:
+    """Run a figure of the paper, with the baselines and rows that explain it."""
+    sizes = {"width": width, "epochs": epochs, "train_size": train_size}
+    given: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
+    if number == 2 and (wrong := given.keys() - {"epochs"}):
+        raise ValueError(f"--{min(wrong).replace('_', '-')} is of figure 3; leave it out")
+    make = figure2 if number == 2 else figure3
+    study = make(data_dir=options.data_dir, seeds=options.seeds, quick=options.quick, **given)
+    words = "".join(f" --{key.replace('_', '-')} {value}" for key, value in given.items())
+    options.perform(study, f"blockprop figure {number}{words}")
+
+
+@app.command
+def schedule(
+    kind: Annotated[
+        Literal["sequential", "parallel", "pipelined"],
+        Parameter(help="sequential: Algorithm 1; parallel: Algorithm 2; pipelined: all busy, feedback late."),
+    ] = "pipelined",
+    *,
+    blocks: Annotated[int, Parameter(help="K, the number of blocks.")] = 4,
+    microbatches: Annotated[int, Parameter(help="Parts of a batch in the pipeline.")] = 1,
+    latency: Annotated[int, Parameter(help="Every message takes up to so many ticks longer.")] = 0,
+    lost: Annotated[float, Parameter(help="Share of the feedback messages that are lost.")] = 0.0,
+    seed: Annotated[int, Parameter(help="Of the random latency and losses.")] = 0,
+    ticks: Annotated[int, Parameter(help="How many ticks to show.")] = 12,
+    draw: Annotated[bool, Parameter(help="A timeline instead of a list.", negative=())] = False,
+) -> None:
+    """Show who does what when, and how late the feedback is."""
+    if ticks < 1:
+        raise ValueError(f"--ticks is {ticks}; expected a whole number of at least 1")
+    if kind != "pipelined" and (microbatches, latency, lost) != (1, 0, 0.0):
+        raise ValueError("--microbatches, --latency and --lost are of the pipelined schedule: leave them out")
+
+    def made() -> Iterator[schedules.Tick]:
+        if kind == "pipelined":
+            delay = schedules.Latency(latency, lost, seed)
+            return schedules.pipelined(blocks, microbatches=microbatches, latency=delay)
+        return schedules.sequential(blocks) if kind == "sequential" else schedules.parallel(blocks)
+
+    if draw:
+        print(schedules.draw(made(), blocks, ticks))
+    else:
+        for now, tick in enumerate(itertools.islice(made(), ticks)):
+            print(f"{now}:", ", ".join(f"{action} {batch} by {block}" for block, action, batch in tick))
+    late = schedules.delays(made(), blocks, 200 * microbatches)
+    means = ", ".join(f"{sum(delay) / len(delay):.2g}" if delay else "-" for delay in late)
+    print(f"updates between a block's forward and its backward, block 1 to {blocks}: {means}")
 
 
 @app.command(name="gap")

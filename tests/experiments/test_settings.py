@@ -23,6 +23,7 @@ from blockprop.experiments.settings import Settings
         ({"width": 7, "augment": False, "h_lr": 0.5, "threads": 3}, {"width": 7, "threads": 3}),
         ({"steps": 5}, {"epochs": None, "steps": 5}),
         ({"optimizer": "adam"}, {"lr": 1e-3, "momentum": 0.0}),
+        ({"split_at": ("layer2", "layer3"), "depth": 3}, {"blocks": 3}),
     ],
 )
 def test_what_is_left_to_choose_is_chosen_once(given, chosen):

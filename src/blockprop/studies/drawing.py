@@ -2,12 +2,13 @@
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from blockprop.metrics import read_metrics
 from blockprop.studies.study import Outcome
 
-__all__ = ["band", "curves", "figure_of", "tidy"]
+__all__ = ["band", "curves", "figure_of", "save", "tidy"]
 
 
 def figure_of(title: str, rows: int, columns: int, *, width: float = 4.6, height: float = 3.7) -> tuple[Any, list[Any]]:
@@ -17,14 +18,26 @@ def figure_of(title: str, rows: int, columns: int, *, width: float = 4.6, height
         ValueError: matplotlib is not installed.
     """
     try:
-        from matplotlib import rcParams  # noqa: PLC0415 - optional
-        from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415 - optional
     except ImportError as error:
         raise ValueError("figures need matplotlib: pip install 'blockprop[all]'") from error
-    rcParams["svg.hashsalt"] = "blockprop"  # the same figure, the same file
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     figure.suptitle(title, fontsize=12)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG and SVG; the same figure gives the same files.
+
+    Args:
+        figure: what `figure_of` made.
+        path: without its ending.
+    """
+    from matplotlib import rc_context  # noqa: PLC0415 - optional
+
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    with rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def curves(outcome: Outcome, kind: str, key: str) -> list[dict[int, float]]:

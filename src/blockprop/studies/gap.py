@@ -9,7 +9,7 @@ from typing import Any
 
 from blockprop.experiments.settings import Settings
 from blockprop.studies.drawing import figure_of, tidy
-from blockprop.studies.publish import markdown_table, spread
+from blockprop.studies.publish import markdown_table, mean_gap, percent, spread
 from blockprop.studies.study import Outcome, Row, Study
 
 __all__ = ["gap", "pooled_sd"]
@@ -144,7 +144,7 @@ def _difference(outcome: Outcome, baseline: Outcome) -> tuple[float, float]:
     """How much worse than backprop, in the row's measure (accuracy in points, or loss), and the pooled sd."""
     key, sign = ("test_loss", 1.0) if outcome.row.by_loss else ("test_accuracy", -100.0)
     ours, theirs = outcome.values(key), baseline.values(key)
-    worse = sign * (statistics.fmean(ours) - statistics.fmean(theirs))
+    worse = sign * mean_gap(ours, theirs)
     return worse, abs(sign) * pooled_sd(ours, theirs)
 
 
@@ -191,7 +191,7 @@ def _cells(outcome: Outcome, worse: float, sd: float) -> list[str]:
         outcome.row.panel,
         outcome.row.label,
         f"{outcome.lr:g}",
-        spread([100 * value for value in outcome.values("test_accuracy")], lambda value: f"{value:.2f}"),
+        spread(outcome.values("test_accuracy"), percent),
         spread(outcome.values("test_loss"), lambda value: f"{value:.4f}"),
         "" if outcome.row.label == "backprop" else behind,
         f"{outcome.diverged} of {len(outcome.summaries)}",

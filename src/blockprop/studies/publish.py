@@ -16,9 +16,10 @@ import torch
 import blockprop
 from blockprop.checkpoint import write_atomically
 from blockprop.metrics import read_metrics
+from blockprop.studies.drawing import save
 from blockprop.studies.study import Outcome, Study
 
-__all__ = ["markdown_table", "publish", "spread", "write_tables"]
+__all__ = ["markdown_table", "mean_gap", "percent", "publish", "spread", "write_tables"]
 
 
 def publish(study: Study, out: Path, command: str) -> None:
@@ -33,10 +34,7 @@ def publish(study: Study, out: Path, command: str) -> None:
         ValueError: matplotlib is not installed.
     """
     write_tables(study, out, command)
-    figure = study.draw(study, study.outcomes(out))
-    for ending in ("png", "svg"):
-        # without a date, so that the same runs give the same file
-        figure.savefig(out / f"{study.name}.{ending}", dpi=110, metadata={"Date": None} if ending == "svg" else None)
+    save(study.draw(study, study.outcomes(out)), out / study.name)
 
 
 def write_tables(study: Study, out: Path, command: str) -> None:
@@ -104,6 +102,16 @@ def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
         return "-"
     mean = show(statistics.fmean(values))
     return mean if len(values) == 1 else f"{mean} ± {show(statistics.stdev(values))}"
+
+
+def percent(value: float) -> str:
+    """A share, such as an accuracy, in percent."""
+    return f"{100 * value:.2f}"
+
+
+def mean_gap(one: Sequence[float], other: Sequence[float]) -> float:
+    """By how much the mean of the one is above that of the other."""
+    return statistics.fmean(one) - statistics.fmean(other)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
