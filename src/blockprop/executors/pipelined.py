@@ -69,6 +69,7 @@ class PipelinedExecutor:
         self._feedback: dict[tuple[int, int], Gluing] = {}  # on their way down, by receiver
         self._flights: list[dict[int, Evaluation]] = []
         self._sent: dict[tuple[int, int], int] = {}
+        self._learnt: set[int] = set()  # blocks with a gradient that is not yet used
 
     def step(
         self,
@@ -132,7 +133,9 @@ class PipelinedExecutor:
         k, kind, number = action
         stage = stages[k - 1]
         if kind == "update":
-            stage.update()
+            if k in self._learnt:  # what the schedule updates while the pipeline runs empty has no gradient
+                self._learnt.remove(k)
+                stage.update()
         elif number not in self._parts:
             return  # of a batch that never came: the schedule goes on while the pipeline runs empty
         elif kind == "forward":
@@ -154,6 +157,7 @@ class PipelinedExecutor:
         stage, part = stages[k - 1], self._parts[number]
         evaluation = self._flights[k - 1].pop(number)
         age = self.tick - self._sent.pop((k, number))
+        self._learnt.add(k)
         if k == len(stages):
             term, feedback = stage.train(evaluation, part.labels, share=part.share)
             report.loss(check_finite(term), part)
@@ -183,6 +187,7 @@ class PipelinedExecutor:
             "feedback": [[k, n, g.anchor, g.direction, g.count, g.scale] for (k, n), g in self._feedback.items()],
             "flights": [[[n, e.state()] for n, e in flights.items()] for flights in self._flights],
             "sent": [[k, n, tick] for (k, n), tick in self._sent.items()],
+            "learnt": sorted(self._learnt),
             "curvature": self.curvature.state_dict(),
         }
 
@@ -202,6 +207,7 @@ class PipelinedExecutor:
             for stage, flights in zip(stages, state["flights"], strict=False)
         ]
         self._sent = {(k, n): tick for k, n, tick in state["sent"]}
+        self._learnt = set(state["learnt"])
         self.curvature.load_state_dict(state["curvature"])
         self._ticks = None
 

@@ -1,0 +1,266 @@
+"""The pipeline simulated tick by tick, against the exact form, a literal simulation, and itself resumed."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import blockprop
+from blockprop.checkpoint import load_state, save_state
+from blockprop.curvature import Constant, Secant
+from blockprop.executors import PipelinedExecutor
+from blockprop.schedules import Latency, sequential
+from conftest import batch, flat, mlp, sgd
+
+CE = nn.CrossEntropyLoss()
+
+
+def network():
+    torch.manual_seed(1)
+    return mlp(depth=4, drop=lambda: nn.Dropout(0.2), norm=lambda: nn.BatchNorm1d(12))
+
+
+def trainer(executor, K=3, model=None, lr=0.1):
+    return blockprop.BlockProp(blockprop.split(model or network(), K), CE, sgd(lr), executor=executor)
+
+
+def data(count=12, n=8):
+    torch.manual_seed(2)
+    return [batch(n) for _ in range(count)]
+
+
+def trained(executor, K=3, model=None):
+    algo = trainer(executor, K, model)
+    torch.manual_seed(3)
+    reports = [algo.step(x, y) for x, y in data()]
+    algo.finish()
+    return algo, reports, flat(algo.blocks.model.parameters())
+
+
+@pytest.mark.parametrize("curvature", [Constant(0), Constant(0.3), Constant([0.1, 2.0]), Secant(2)])
+def test_without_delay_every_feedback_is_the_exact_form(curvature):
+    _, reports, weights = trained(PipelinedExecutor(sequential, curvature=curvature))
+    _, expected, reference = trained("local")
+    assert torch.equal(weights, reference)
+    assert [report.loss for report in reports] == [report.loss for report in expected]
+    assert all([link.age for link in report.links] == [5, 3] for report in reports)
+    assert all(link.drift == 0 for report in reports for link in report.links)
+
+
+def test_one_block_is_backprop():
+    _, _, weights = trained(PipelinedExecutor(microbatches=1), K=1)
+    _, _, reference = trained("local", K=1)
+    assert torch.equal(weights, reference)
+
+
+def literal(model, K, kappa, steps, lr=0.1):
+    """The lock-step pipeline, batch by batch and block by block, from the definition of its delay."""
+    blocks = list(blockprop.split(model, K))
+    inputs, outputs, slopes = {}, {}, {}
+    examples = data(steps)
+    for tick in range(steps + 2 * K):
+        pending = []
+        for k in range(1, K + 1):
+            new = tick - (k - 1)
+            old = tick - (2 * K - 1 - k)
+            if k == K:
+                old = new
+            if k < K and 0 <= old < steps:
+                pending.append(learn(blocks, k, old, K, inputs, outputs, slopes, examples, kappa, lr))
+            if 0 <= new < steps:
+                h = examples[new][0] if k == 1 else outputs[k - 1, new]
+                inputs[k, new] = h
+                with torch.no_grad():
+                    outputs[k, new] = blocks[k - 1](h)
+                if k == K:
+                    pending.append(learn(blocks, k, new, K, inputs, outputs, slopes, examples, kappa, lr))
+        for key, slope in pending:
+            slopes[key] = slope
+
+
+def learn(blocks, k, number, K, inputs, outputs, slopes, examples, kappa, lr):
+    h = inputs[k, number].detach().requires_grad_()
+    out = blocks[k - 1](h)
+    if k == K:
+        start, slope = CE(out, examples[number][1]), None
+    else:
+        moved = (out - outputs[k, number]).detach()
+        start, slope = out, slopes[k, number] + kappa / len(out) * moved
+    parameters = list(blocks[k - 1].parameters())
+    down, *gradients = torch.autograd.grad(start, [h, *parameters], slope)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter -= lr * gradient
+    return (k - 1, number), down
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.7])
+@pytest.mark.parametrize("K", [2, 4])
+def test_lock_step_is_the_literal_simulation(K, kappa):
+    torch.manual_seed(1)
+    ours, theirs = mlp(depth=4), mlp(depth=4)
+    theirs.load_state_dict(ours.state_dict())
+    literal(theirs, K, kappa, 12)
+    _, _, weights = trained(PipelinedExecutor(curvature=Constant(kappa)), K, ours)
+    torch.testing.assert_close(weights, flat(theirs.parameters()), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"microbatches": 3}, {"latency": Latency(5, 0.2, 1)}, {"curvature": Constant(0.5)}]
+)
+def test_every_run_gives_the_same_numbers(settings):
+    assert torch.equal(trained(PipelinedExecutor(**settings))[2], trained(PipelinedExecutor(**settings))[2])
+
+
+def test_all_is_learnt_once_the_pipeline_has_run_empty():
+    executor = PipelinedExecutor(microbatches=2)
+    algo, _, _ = trained(executor)
+    assert [wstep.calls for wstep in algo.wsteps] == [12, 12, 12]
+    assert not executor._parts
+    assert not any(executor._flights)
+    assert not executor._outputs
+    assert not executor._feedback
+
+
+def test_microbatches_of_a_frozen_network_add_up_to_the_batch():
+    """With a step size of zero nothing is stale: the parts' gradients are the batch's."""
+    model = mlp(depth=4)
+    (x, y) = batch(10)
+    seen = []
+    algo = trainer(PipelinedExecutor(microbatches=4), 3, model, lr=0.0)
+    for wstep in algo.wsteps:
+        wstep.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: seen.append(flat(p.grad for g in optimizer.param_groups for p in g["params"]))
+        )
+    algo.step(x, y)
+    algo.finish()
+    reference = blockprop.Backprop(blockprop.split(model, 3), CE, sgd())
+    reference.gradient(x, y)
+    expected = [flat(p.grad for p in wstep.parameters) for wstep in reference.wsteps]
+    assert len(seen) == 3
+    for found in seen:
+        assert any(found.shape == one.shape and torch.allclose(found, one, rtol=1e-9) for one in expected)
+
+
+def test_a_batch_smaller_than_its_parts():
+    algo = trainer(PipelinedExecutor(microbatches=4), 2, mlp(depth=4))
+    for n in (8, 3, 1, 8):
+        algo.step(*batch(n))
+    algo.finish()
+    assert [wstep.calls for wstep in algo.wsteps] == [4, 4]
+
+
+def test_reports_of_age_and_drift():
+    _, reports, _ = trained(PipelinedExecutor(curvature=Constant(0.1)))
+    assert math.isnan(reports[0].loss)
+    assert reports[0].links == []
+    assert math.isfinite(reports[5].loss)
+    assert [link.age for link in reports[-1].links] == [4, 2]
+    assert all(link.drift > 0 for link in reports[-1].links)
+
+
+def test_losing_all_but_some_feedback_still_moves_the_blocks_below():
+    executor = PipelinedExecutor(latency=Latency(0, 0.5, 0))
+    algo, _, _ = trained(executor)
+    calls = [wstep.calls for wstep in algo.wsteps]
+    assert calls[2] == 12
+    assert 0 < calls[0] <= calls[1] < 12
+    assert not any(executor._flights)
+    assert not executor._feedback
+
+
+@pytest.mark.parametrize("settings", [{}, {"microbatches": 2, "latency": Latency(3, 0.1, 4)}])
+def test_a_resumed_pipeline_is_the_uninterrupted_one(tmp_path, settings):
+    _, _, expected = trained(PipelinedExecutor(curvature=Secant(3), **settings))
+
+    first = trainer(PipelinedExecutor(curvature=Secant(3), **settings))
+    torch.manual_seed(3)
+    for x, y in data()[:5]:
+        first.step(x, y)
+    model, state = first.blocks.model.state_dict(), first.state_dict()
+    save_state(tmp_path / "state", {"model": dict(model), "algo": state, "random": torch.get_rng_state()})
+
+    state = load_state(tmp_path / "state")
+    second = trainer(PipelinedExecutor(curvature=Secant(3), **settings))
+    second.blocks.model.load_state_dict(state["model"])
+    second.load_state_dict(state["algo"])
+    torch.manual_seed(99)
+    torch.set_rng_state(state["random"])
+    for x, y in data_again(5):
+        second.step(x, y)
+    second.finish()
+    assert torch.equal(flat(second.blocks.model.parameters()), expected)
+
+
+def data_again(first):
+    state = torch.get_rng_state()
+    rest = data()[first:]
+    torch.set_rng_state(state)
+    return rest
+
+
+def test_running_statistics_move_once_a_batch():
+    algo, _, _ = trained(PipelinedExecutor())
+    counts = [m.num_batches_tracked.item() for m in algo.blocks.model.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert counts == [12, 12, 12]
+
+
+def test_a_measurement_leaves_no_trace():
+    """Measuring the curvature and not using it changes nothing."""
+
+    class Watching(Secant):
+        def at(self, link):
+            return 0.0
+
+    watching = Watching(1)
+    _, _, weights = trained(PipelinedExecutor(curvature=watching))
+    _, _, reference = trained(PipelinedExecutor(curvature=Constant(0)))
+    assert watching.values.keys() == {0, 1}
+    assert torch.equal(weights, reference)
+
+
+def test_the_gradient_alone_is_refused():
+    with pytest.raises(ValueError, match="learn from different batches"):
+        trainer(PipelinedExecutor()).gradient(*batch())
+
+
+@pytest.mark.parametrize("form", ["published", "rescaled"])
+def test_other_forms_are_refused(form):
+    algo = blockprop.BlockProp(blockprop.split(network(), 2), CE, sgd(), form=form, executor=PipelinedExecutor())
+    with pytest.raises(ValueError, match="form 'exact'"):
+        algo.step(*batch())
+
+
+def test_the_secant_of_a_quadratic_is_its_curvature():
+    secant = Secant(memory=0.5)
+    old, moved = torch.randn(4, 3), torch.randn(4, 3)
+    secant.measure(0, old, moved, lambda h: 3.0 * h)
+    assert secant.at(0) == pytest.approx(3.0, rel=1e-5)
+    secant.measure(0, old, moved, lambda h: 5.0 * h)
+    assert secant.at(0) == pytest.approx(4.0, rel=1e-5)
+    secant.measure(1, old, moved, lambda h: -h)
+    assert secant.at(1) == 0.0
+    secant.measure(0, old, old, lambda h: h)
+    assert secant.at(0) == pytest.approx(4.0, rel=1e-5)
+
+
+def test_the_links_take_turns():
+    secant = Secant(3)
+    found = [(tick, link) for tick, link in itertools.product(range(12), range(2)) if secant.wants(link, 2, tick)]
+    assert found == [(0, 0), (3, 1), (6, 0), (9, 1)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Constant(-1), "curvature is -1"),
+        (lambda: Constant([0.1, math.inf]), "curvature is inf"),
+        (lambda: Secant(0), "every is 0"),
+        (lambda: Secant(memory=1.0), "memory is 1.0"),
+    ],
+)
+def test_bad_curvatures(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
