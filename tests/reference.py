@@ -64,3 +64,46 @@ def backprop_gradients(
         h = block(h)
     gradients = iter(torch.autograd.grad(loss_sum(h, y), [p for block in blocks for p in block.parameters()]))
     return [[next(gradients) for _ in block.parameters()] for block in blocks]
+
+
+def algorithm_2_gradients(
+    blocks: Sequence[nn.Module],
+    x: Tensor,
+    y: Tensor,
+    loss_sum: Callable[[Tensor, Tensor], Tensor],
+    lam: Sequence[float],
+    gamma_h: Sequence[float],
+    n_h: int,
+    stored: Sequence[Tensor],
+    known: Tensor,
+    *,
+    h_step: bool = True,
+    sweep: bool = True,
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """One iteration of Algorithm 2 on a batch: as Algorithm 1, but h_k starts from what was stored.
+
+    `stored` holds h_2..h_K, `known` says for which examples; the others are filled in by the forward pass. Returns
+    as `algorithm_1_gradients`. Without `sweep`, every L_k has the stored h_{k+1} in it.
+    """
+    K = len(blocks)
+    h = [x]
+    for block, old in zip(blocks[:-1], stored, strict=True):
+        h.append(torch.where(known[:, None], old, block(h[-1]).detach()))
+    anchors = [x, *(block(before).detach() for block, before in zip(blocks[:-1], h[:-1], strict=True))]
+    before = list(h)
+    for k in range(K - 1, 0, -1) if h_step else ():
+        upper = h[k + 1] if sweep and k < K - 1 else before[k + 1] if k < K - 1 else y
+
+        def above(output: Tensor, k: int = k, upper: Tensor = upper) -> Tensor:
+            return loss_sum(output, y) if k == K - 1 else lam[k] * (upper - output).square().sum()
+
+        for _ in range(n_h):
+            variable = h[k].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(L_k(variable, anchors[k], blocks[k], above, lam[k - 1]), variable)
+            h[k] = h[k] - gamma_h[k - 1] * gradient
+    gradients = []
+    for k, block in enumerate(blocks):
+        output = block(h[k])
+        J = loss_sum(output, y) if k == K - 1 else lam[k] * (h[k + 1] - output).square().sum()
+        gradients.append(list(torch.autograd.grad(J, list(block.parameters()))))
+    return gradients, h[1:K]
