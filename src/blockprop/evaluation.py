@@ -67,6 +67,7 @@ class Evaluation:
         keep_graph: build the autograd graph now. Without it, only `input` and `output` are kept in memory.
         repeatable: remember random state and buffers, so that the evaluation can be repeated.
         precision: dtype for autocast, or None for none.
+        weights: weights to evaluate at instead of the block's present ones, by name; each a leaf.
 
     Attributes:
         input: h_k, a leaf of the graph.
@@ -82,8 +83,10 @@ class Evaluation:
         keep_graph: bool = True,
         repeatable: bool = True,
         precision: torch.dtype | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> None:
         self.block = block
+        self.weights = weights or {}
         self.device = inputs.device
         self.precision = precision
         self.repeatable = repeatable
@@ -95,7 +98,8 @@ class Evaluation:
             self._random_state = _get_random_state(self.device)
         self.input = inputs.detach().requires_grad_(differentiable)
         with torch.set_grad_enabled(keep_graph), self._autocast():
-            self.output: Tensor = block(_kept(block, self.input))
+            kept = _kept(block, self.input)
+            self.output: Tensor = functional_call(block, self.weights, (kept,)) if weights else block(kept)
         if self._random_state is not None and torch.equal(self._random_state, _get_random_state(self.device)):
             self._random_state = None  # nothing was drawn: repetitions need not take turns
 
@@ -121,8 +125,15 @@ class Evaluation:
         # the repetition writes its running statistics into copies, which are then dropped
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         with replay, self._autocast():
-            output: Tensor = functional_call(self.block, buffers, (inputs,)) if buffers else self.block(inputs)
+            replaced = {**self.weights, **buffers}
+            output: Tensor = functional_call(self.block, replaced, (inputs,)) if replaced else self.block(inputs)
         return output
+
+    def at_present_weights(self) -> "Evaluation":
+        """The same function at the block's present weights; `output` stays what it was."""
+        self.weights = {}
+        self.output = self.output.detach()
+        return self
 
     def state(self) -> dict[str, Any]:
         """What `restored` needs, as a tree for a checkpoint: no graph."""
@@ -131,6 +142,7 @@ class Evaluation:
             "output": self.output.detach(),
             "buffers": self._buffers,
             "random_state": self._random_state,
+            "weights": {name: weight.detach() for name, weight in self.weights.items()},
         }
 
     @classmethod
@@ -148,6 +160,7 @@ class Evaluation:
         evaluation._random_state = state["random_state"]
         evaluation.input = state["input"].requires_grad_(differentiable)
         evaluation.output = state["output"]
+        evaluation.weights = {name: weight.requires_grad_() for name, weight in state["weights"].items()}
         return evaluation
 
     def with_graph(self) -> "Evaluation":

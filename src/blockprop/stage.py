@@ -96,13 +96,21 @@ class Stage:
         parameter = next(block.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
 
-    def forward(self, inputs: Tensor, *, keep_graph: bool = True, repeatable: bool = False) -> Evaluation:
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        keep_graph: bool = True,
+        repeatable: bool = False,
+        weights: dict[str, Tensor] | None = None,
+    ) -> Evaluation:
         """Evaluate the block on a batch (Algorithm 1, line 3).
 
         Args:
             inputs: h_k, the output of the block below, shape [N, ...].
             keep_graph: False to keep no activations; the graph is then rebuilt when it is needed.
             repeatable: True to make the evaluation repeatable although training does not need it.
+            weights: see [`Evaluation`][blockprop.evaluation.Evaluation]; the gradient is then taken at these too.
 
         Raises:
             ValueError: the block does not take an input of this shape or type, or writes into it.
@@ -117,6 +125,7 @@ class Stage:
                 keep_graph=keep_graph,
                 repeatable=self.repeatable or repeatable,
                 precision=self.precision,
+                weights=weights,
             )
         except torch.OutOfMemoryError:
             raise
@@ -168,7 +177,7 @@ class Stage:
         joint = with_gradient and self.form.at_forward
         term = self.term(target)
         root = term.root(evaluation.with_graph().output)
-        weights = self.wstep.parameters if joint else []
+        weights = (list(evaluation.weights.values()) or self.wstep.parameters) if joint else []
         slope, *gradients = root.gradients([evaluation.input, *weights], keep_graph=not joint)
         if joint:
             self.wstep.add(gradients, self.scale / share)
@@ -206,7 +215,8 @@ class Stage:
                 output = evaluation(feedback.gluing.value)
         root = self.term(target).root(output)
         if self.wstep.parameters:
-            self.wstep.add(root.gradients(self.wstep.parameters), self.scale / share)
+            weights = list(evaluation.weights.values()) or self.wstep.parameters
+            self.wstep.add(root.gradients(weights), self.scale / share)
         return root.mean
 
     def train(

@@ -44,6 +44,15 @@ class PipelinedExecutor:
         microbatches: M, into how many parts a batch is cut; default 1.
         latency: of the messages.
         curvature: κ of the targets; default [`Secant`][blockprop.curvature.Secant], measured while training.
+        reuse: take the gradient on the graph of the forward pass and at the weights that it had (weight stashing), for
+            three passes instead of four. Nothing has moved there, so that the feedback is the delayed gradient.
+        prediction: at which weights a block forwards: its present ones moved on by so many of the updates that it will
+            make until the feedback is back, along the running mean of its updates; default 0, between 0 and 1.
+        compensation: λ of DC-ASGD (Zheng et al. 2017), which adds λ g² (w_now - w_forward) to the stashed gradient g,
+            entry by entry; default 0. Needs `reuse`.
+
+    Raises:
+        ValueError: a setting out of its range.
 
     A step takes one batch in, and trains on what has arrived: its report is of the batches that reached the top
     in the meantime, and in the first steps there is none (the loss is NaN).
@@ -56,7 +65,20 @@ class PipelinedExecutor:
         microbatches: int = 1,
         latency: Latency = Latency(),  # noqa: B008
         curvature: Curvature | None = None,
+        reuse: bool = False,
+        prediction: float = 0.0,
+        compensation: float = 0.0,
     ) -> None:
+        if not 0 <= prediction < math.inf:
+            raise ValueError(f"prediction is {prediction}; expected a finite number of at least 0")
+        if not 0 <= compensation < math.inf:
+            raise ValueError(f"compensation is {compensation}; expected a finite number of at least 0")
+        if compensation and not reuse:
+            raise ValueError("compensation corrects gradients at stashed weights; expected reuse=True with it")
+        if prediction and reuse:
+            raise ValueError("reuse keeps the weights of the forward pass; expected no prediction with it")
+        self.reuse, self.prediction, self.compensation = reuse, prediction, compensation
+        self._velocity: dict[int, list[Tensor]] = {}  # running mean of each block's updates
         self.microbatches = microbatches
         self.schedule = schedule or (lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency))
         self.curvature: Curvature = curvature or Secant()
@@ -135,12 +157,14 @@ class PipelinedExecutor:
         if kind == "update":
             if k in self._learnt:  # what the schedule updates while the pipeline runs empty has no gradient
                 self._learnt.remove(k)
-                stage.update()
+                self._update(k, stage)
         elif number not in self._parts:
             return  # of a batch that never came: the schedule goes on while the pipeline runs empty
         elif kind == "forward":
             h = self._parts[number].inputs if k == 1 else self._outputs.pop((k, number))
-            evaluation = stage.forward(h, keep_graph=k == len(stages), repeatable=True)
+            top = k == len(stages)
+            weights = None if top else self._weights(k, len(stages), stage)
+            evaluation = stage.forward(h, keep_graph=top or self.reuse, repeatable=True, weights=weights)
             self._flights[k - 1][number] = evaluation
             self._sent[k, number] = self.tick
             if k < len(stages):
@@ -163,19 +187,54 @@ class PipelinedExecutor:
             report.loss(check_finite(term), part)
         else:
             gluing = self._feedback.pop((k, number))
-            old = evaluation.output
+            old = evaluation.output.detach()
+            if not self.reuse:
+                evaluation.at_present_weights()
             new = evaluation.with_graph().output.detach()
             if self.curvature.wants(k - 1, len(stages) - 1, self.tick):
                 slope = _slope_above(stages[k:], part.labels)
                 self.curvature.measure(k - 1, old, new, slope)
             target = TargetTerm(old, gluing.direction, gluing.count, self.curvature.at(k - 1))
+            before = [p.grad for p in stage.wstep.parameters] if self.compensation else []
             _, feedback = stage.train(evaluation, target, share=part.share)
+            if self.compensation:
+                self._compensate(stage, before, list(evaluation.weights.values()))
             report.link(k - 1, age, new - old, part)
         if feedback is not None:
             self._feedback[k - 1, number] = feedback.gluing
             report.feedback(k - 2, LinkReport.of(feedback), part)
         if k == 1:
             del self._parts[number]
+
+    def _weights(self, k: int, blocks: int, stage: Stage) -> dict[str, Tensor] | None:
+        """The weights that a block forwards with, where they are not its present ones as they stand."""
+        own = {name: p for name, p in stage.block.named_parameters() if p.requires_grad}
+        if self.reuse:
+            return {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+        if not self.prediction or k not in self._velocity:
+            return None
+        updates = self.prediction * max(0, 2 * (blocks - k) - 1) / self.microbatches
+        moved = zip(own.items(), self._velocity[k], strict=True)
+        return {name: torch.add(p.detach(), step, alpha=updates) for (name, p), step in moved}
+
+    def _update(self, k: int, stage: Stage) -> None:
+        if not self.prediction:
+            stage.update()
+            return
+        before = [p.detach().clone() for p in stage.wstep.parameters]
+        stage.update()
+        steps = [p.detach() - old for p, old in zip(stage.wstep.parameters, before, strict=True)]
+        if k not in self._velocity:
+            self._velocity[k] = steps
+        for mean, step in zip(self._velocity[k], steps, strict=True):
+            mean.lerp_(step, 0.1)
+
+    @torch.no_grad()
+    def _compensate(self, stage: Stage, before: list[Tensor | None], stashed: list[Tensor]) -> None:
+        for parameter, old, weight in zip(stage.wstep.parameters, before, stashed, strict=True):
+            if parameter.grad is not None:
+                fresh = parameter.grad if old is None else parameter.grad - old
+                parameter.grad = parameter.grad + self.compensation * fresh.square() * (parameter - weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is, what is on its way, what is known of the curvature: a tree for a checkpoint."""
@@ -188,6 +247,7 @@ class PipelinedExecutor:
             "flights": [[[n, e.state()] for n, e in flights.items()] for flights in self._flights],
             "sent": [[k, n, tick] for (k, n), tick in self._sent.items()],
             "learnt": sorted(self._learnt),
+            "velocity": dict(self._velocity),
             "curvature": self.curvature.state_dict(),
         }
 
@@ -208,6 +268,7 @@ class PipelinedExecutor:
         ]
         self._sent = {(k, n): tick for k, n, tick in state["sent"]}
         self._learnt = set(state["learnt"])
+        self._velocity = state["velocity"]
         self.curvature.load_state_dict(state["curvature"])
         self._ticks = None
 
