@@ -10,9 +10,11 @@ report = algo.step(inputs, targets)
 from importlib.metadata import version
 
 from blockprop.algorithm import Backprop, BlockProp
+from blockprop.augmented import augmented_loss
 from blockprop.blocks import Blocks
 from blockprop.executors import StepReport
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, Solution
+from blockprop.inference import energies, predict
 from blockprop.losses import OutputLoss
 from blockprop.penalties import Huber, Squared
 from blockprop.split import split
@@ -29,6 +31,9 @@ __all__ = [
     "Solution",
     "Squared",
     "StepReport",
+    "augmented_loss",
+    "energies",
+    "predict",
     "split",
 ]
 

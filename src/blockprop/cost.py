@@ -2,8 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from blockprop.errors import first_line, remedy
+from blockprop.modes import evaluating
 
 __all__ = ["count_flops", "count_weights", "counted", "measure_seconds", "timed"]
 
@@ -59,26 +59,12 @@ def timed(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[
     return result, time.process_time() - start
 
 
-@contextmanager
-def _evaluating(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, so that counting moves no statistics and draws no random numbers."""
-    modules = [module for layer in layers for module in layer.modules()]
-    training = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
-
-
 def _walk(
     layers: Sequence[tuple[str, nn.Module]], sample: Tensor, measure: Callable[[nn.Module, Tensor], float]
 ) -> list[float]:
     """Measure every layer on the output of the one before."""
     costs, h = [], sample
-    with _evaluating([layer for _, layer in layers]):
+    with evaluating([layer for _, layer in layers]):
         for name, layer in layers:
             try:
                 costs.append(measure(layer, h))
