@@ -1,11 +1,12 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockprop.data import batch_generator, batches
 
 
+@settings(deadline=None, derandomize=True)
 @given(n=st.integers(0, 200), batch_size=st.integers(1, 70), seed=st.integers(-5, 2**63), epoch=st.integers(0, 9))
 def test_every_example_comes_once_in_full_batches_but_the_last(n, batch_size, seed, epoch):
     ids = list(batches(n, batch_size, seed=seed, epoch=epoch))
