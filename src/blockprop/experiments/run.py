@@ -19,7 +19,7 @@ from blockprop.experiments.progress import Progress
 from blockprop.experiments.settings import Settings
 from blockprop.metrics import Metrics, finite
 from blockprop.models import build
-from blockprop.training import Training, score
+from blockprop.training import Score, Training, score
 
 __all__ = ["check_folder", "read_json", "resume", "run", "settings_of", "write_json"]
 
@@ -143,7 +143,7 @@ def _algorithm(settings: Settings, dataset: Dataset, total_steps: int) -> BlockP
         blocks = split(model, settings.blocks, by=settings.split_by, sample=dataset.sample)
     loss = OutputLoss(nn.CrossEntropyLoss(), class_dim=-1 if dataset.task == "language" else 1)
     common: dict[str, Any] = {
-        "scheduler": settings.scheduler(total_steps),
+        "scheduler": settings.schedulers(total_steps),
         "clip": settings.clip,
         "accumulate": settings.accumulate,
         "precision": torch.bfloat16 if settings.precision == "bfloat16" else None,
@@ -210,8 +210,9 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, *, quiet
 
 def _finish(settings: Settings, out: Path, training: Training) -> dict[str, Any]:
     algo, dataset = training.algo, training.dataset
-    test = score(algo, dataset.test)
-    validation = score(algo, dataset.validation) if len(dataset.validation) else None
+    scores: dict[str, Score | None] = {"validation": None, training.evaluate_on: training.score}
+    test = scores.get("test") or score(algo, dataset.test)
+    validation = scores["validation"] or (score(algo, dataset.validation) if len(dataset.validation) else None)
     weights = {name: value.cpu().contiguous() for name, value in algo.blocks.model.state_dict().items()}
     write_atomically(out / "model.safetensors", save(weights))
     summary = {

@@ -1,18 +1,19 @@
 """The settings of a run: each declared once, for the command line, for Python, and for `config.json`."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import Group, Parameter
-from torch import nn
 from torch.optim import Optimizer
 
 from blockprop.curvature import Constant
 from blockprop.data import NAMES
 from blockprop.executors import Executor, PipelinedExecutor
+from blockprop.experiments.optimizers import OptimizerName, optimizer_named
 from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
 from blockprop.models.catalogue import sizes
@@ -36,12 +37,13 @@ def _option(group: Group, help_text: str, **more: Any) -> Parameter:
 
 
 # What trains well unattended, by model: optimizer, step size, momentum.
-_OPTIMIZERS: dict[str, tuple[Literal["sgd", "adam", "adamw"], float, float]] = {
+_OPTIMIZERS: dict[str, tuple[OptimizerName, float, float]] = {
     "mlp": ("sgd", 0.1, 0.0),
     "resnet18": ("sgd", 0.05, 0.9),
     "preact-resnet18": ("sgd", 0.05, 0.9),
     "gpt": ("adamw", 3e-3, 0.0),
 }
+_STEP_SIZES = {"sgd": 0.1, "nesterov": 0.05, "muon": 0.02}
 BLOCKPROP_ONLY = (
     "form",
     "penalty",
@@ -57,7 +59,16 @@ BLOCKPROP_ONLY = (
 )
 """Settings that backprop has no use for."""
 
-_PIPELINE_ONLY = ("feedback", "curvature", "microbatches", "latency", "lost")
+_PIPELINE_ONLY = (
+    "feedback",
+    "curvature",
+    "microbatches",
+    "latency",
+    "lost",
+    "prediction",
+    "compensation",
+    "delay_annealing",
+)
 _SYNC_ONLY = ("executor", "recompute", "diagnose_every")
 
 _EPOCHS = {"digits": 30, "mnist": 5, "fashion-mnist": 5, "cifar10": 10}
@@ -150,21 +161,40 @@ class Settings:
         ),
     ] = "sync"
     feedback: Annotated[
-        Literal["gradient", "target"],
-        _option(_SCHEDULE, "What late feedback is: the gradient as it was, or a target for what the block gives now."),
+        Literal["target", "gradient", "stashed"],
+        _option(
+            _SCHEDULE,
+            "What late feedback is: a target for what the block gives now; the gradient as it was, at the present "
+            "weights; or that at the weights of its forward pass.",
+        ),
     ] = "target"
     curvature: Annotated[
         float | Literal["auto"],
         _option(_SCHEDULE, "κ of the targets, a number, or auto: measured while training."),
     ] = "auto"
     microbatches: Annotated[
-        int, _option(_SCHEDULE, "Parts of a batch in the pipeline; more of them make feedback younger.")
-    ] = 1
+        int | None,
+        _option(
+            _SCHEDULE,
+            "Parts of a batch in the pipeline; more of them make feedback younger. Default: 2(K - 1), of four examples "
+            "or more.",
+        ),
+    ] = None
     latency: Annotated[int, _option(_SCHEDULE, "Every message takes up to so many ticks longer, drawn at random.")] = 0
     lost: Annotated[float, _option(_SCHEDULE, "Share of the feedback messages that are lost.")] = 0.0
+    prediction: Annotated[
+        float, _option(_SCHEDULE, "Forward with weights moved on by this share of the updates until the feedback.")
+    ] = 0.0
+    compensation: Annotated[
+        float, _option(_SCHEDULE, "λ of DC-ASGD's delay compensation. Needs --feedback stashed.")
+    ] = 0.0
+    delay_annealing: Annotated[
+        int, _option(_SCHEDULE, "Steps over which step sizes rise from 1/delay of a block to their value (PipeMare).")
+    ] = 0
 
     optimizer: Annotated[
-        Literal["sgd", "adam", "adamw"] | None, _option(_OPTIMIZER, "Optimizer of every block. Default: by the model.")
+        OptimizerName | None,
+        _option(_OPTIMIZER, "Optimizer of every block; muon has AdamW for what is no matrix. Default: by the model."),
     ] = None
     lr: Annotated[float | None, _option(_OPTIMIZER, "Step size γ_B of every block. Default: by the model.")] = None
     block_lr: Annotated[
@@ -175,7 +205,13 @@ class Settings:
     lr_schedule: Annotated[
         Literal["constant", "cosine"], _option(_OPTIMIZER, "How the step size falls over the run.")
     ] = "constant"
-    warmup: Annotated[int, _option(_OPTIMIZER, "Steps over which the step size rises from 0.")] = 0
+    warmup: Annotated[
+        int | None,
+        _option(
+            _OPTIMIZER,
+            "Steps over which the step size rises from 0. Default: none; with --schedule pipelined a tenth of the run.",
+        ),
+    ] = None
     clip: Annotated[float | None, _option(_OPTIMIZER, "Largest gradient norm of a block.")] = None
     accumulate: Annotated[int, _option(_OPTIMIZER, "Update every n batches, with their mean gradient.")] = 1
     precision: Annotated[
@@ -214,11 +250,12 @@ class Settings:
         model = self.model or ("gpt" if text else "mlp")
         name, lr, momentum = _OPTIMIZERS.get(model, _OPTIMIZERS["mlp"])
         if self.optimizer not in (None, name):
-            name, lr, momentum = self.optimizer, (0.1 if self.optimizer == "sgd" else 1e-3), 0.0
+            name, lr, momentum = self.optimizer, _STEP_SIZES.get(self.optimizer, 1e-3), 0.0
+            momentum = 0.9 if name == "nesterov" else 0.0
         if self.epochs is not None and self.steps is not None:
             raise ValueError("--epochs and --steps are both given; expected one of the two")
-        if name != "sgd" and self.momentum:
-            raise ValueError(f"--momentum is of sgd; {name} has its own: leave it out")
+        if name not in ("sgd", "nesterov") and self.momentum:
+            raise ValueError(f"--momentum is of sgd and nesterov; {name} has its own: leave it out")
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; expected a whole number of at least 0")
         if self.threads is not None and self.threads < 1:
@@ -248,6 +285,7 @@ class Settings:
             h_lr=self._h_lr() if self.algorithm == "blockprop" else None,
             threads=torch.get_num_threads() if self.threads is None else self.threads,
             optimizer=name,
+            microbatches=self._microbatches(),
             lr=lr if self.lr is None else self.lr,
             momentum=momentum if self.momentum is None else self.momentum,
             epochs=_EPOCHS.get(self.data, 5) if unsaid else self.epochs,
@@ -258,7 +296,7 @@ class Settings:
         found = {}
         if self.schedule == "sync" or self.algorithm == "backprop":
             found = dict.fromkeys(_PIPELINE_ONLY, "is of --schedule pipelined")
-        elif self.feedback == "gradient":
+        elif self.feedback != "target":
             found = {"curvature": "is of --feedback target"}
         if self.algorithm == "backprop":
             found |= dict.fromkeys(BLOCKPROP_ONLY, "is of blockprop, not of --algorithm backprop")
@@ -304,10 +342,20 @@ class Settings:
         if self.schedule == "sync":
             return self.executor
         known = None if self.curvature == "auto" else self.curvature
-        curvature = Constant(0.0) if self.feedback == "gradient" else None if known is None else Constant(known)
+        curvature = Constant(0.0) if self.feedback != "target" else None if known is None else Constant(known)
         return PipelinedExecutor(
-            microbatches=self.microbatches, latency=Latency(self.latency, self.lost, seed), curvature=curvature
+            microbatches=self._microbatches() or 1,
+            latency=Latency(self.latency, self.lost, seed),
+            curvature=curvature,
+            reuse=self.feedback == "stashed",
+            prediction=self.prediction,
+            compensation=self.compensation,
         )
+
+    def _microbatches(self) -> int | None:
+        if self.schedule == "sync" or self.microbatches is not None:
+            return self.microbatches
+        return max(1, min(2 * (self.blocks - 1), self.batch_size // 4))
 
     def _h_lr(self) -> float | None:
         """γ_h as the links will have it; None where it differs from one to the next, or the solver has none."""
@@ -320,33 +368,36 @@ class Settings:
 
     def optimizers(self) -> list[OptimizerFactory]:
         """One optimizer factory per block."""
-        assert self.lr is not None
+        assert self.lr is not None and self.optimizer is not None
         rates = self.block_lr or (self.lr,) * self.blocks
-        return [self._optimizer(rate) for rate in rates]
+        return [optimizer_named(self.optimizer, rate, self.momentum or 0.0, self.weight_decay) for rate in rates]
 
-    def _optimizer(self, lr: float) -> OptimizerFactory:
-        def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
-            if self.optimizer == "sgd":
-                return torch.optim.SGD(parameters, lr=lr, momentum=self.momentum or 0.0, weight_decay=self.weight_decay)
-            kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-            return kind(parameters, lr=lr, weight_decay=self.weight_decay)
-
-        return make
-
-    def scheduler(self, total_steps: int) -> Callable[[Optimizer], Any] | None:
-        """Warm-up and cosine decay over the run's updates, or None for a constant step size."""
-        if self.lr_schedule == "constant" and self.warmup == 0:
+    def schedulers(self, total_steps: int) -> list[Callable[[Optimizer], Any]] | None:
+        """Of each block: warm-up, decay, the rise from a step size over the delay; None if all are constant."""
+        pipelined = self.schedule == "pipelined" and self.algorithm == "blockprop"
+        warmup = (total_steps // 10 if pipelined else 0) if self.warmup is None else self.warmup
+        annealing = self.delay_annealing if pipelined else 0
+        if self.lr_schedule == "constant" and warmup == annealing == 0:
             return None
         updates = max(1, total_steps // self.accumulate)
 
         def factor(update: int) -> float:
-            rise = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
+            rise = min(1.0, (update + 1) / warmup) if warmup else 1.0
             if self.lr_schedule == "constant":
                 return rise
-            share = max(0, update - self.warmup) / max(1, updates - self.warmup)
-            return rise * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * min(1.0, share)))))
+            share = max(0, update - warmup) / max(1, updates - warmup)
+            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
-        return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        def of_block(k: int) -> Callable[[Optimizer], Any]:
+            delay = max(1.0, (2 * (self.blocks - k) - 1) / (self._microbatches() or 1))
+
+            def whole(update: int) -> float:
+                held = delay ** -(1 - min(1.0, update / annealing)) if annealing else 1.0
+                return factor(update) * held
+
+            return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, whole)
+
+        return [of_block(k) for k in range(1, self.blocks + 1)]
 
 
 def _plain(value: Any) -> Any:
