@@ -108,7 +108,7 @@ def test_processes_give_the_same_as_one(tmp_path):
 def test_what_is_published(tmp_path):
     study = study_of(Row("p", "backprop", BACKPROP), Row("p", "diverges", replace(BASE, lr=1e38)))
     publish(study, tmp_path, "blockprop tiny")
-    assert "0 of 4 runs" in (tmp_path / "README.md").read_text()
+    assert "0 of 2 rows" in (tmp_path / "README.md").read_text()
     run_study(study, tmp_path, quiet=True)
     publish(study, tmp_path, "blockprop tiny")
     readme = (tmp_path / "README.md").read_text()

@@ -98,7 +98,7 @@ def figure3(
     epochs = epochs or (1 if quick else 10)
     train_size = train_size or (3_200 if quick else None)
     steps = epochs * -(-(train_size or _TRAIN_SIZE) // _BATCH)
-    every = max(1, steps // (2 if quick else 10))
+    every = max(1, steps // (2 if quick else max(epochs, 5)))
     base = Settings(
         data="cifar10",
         data_dir=data_dir,

@@ -33,17 +33,17 @@ def publish(study: Study, out: Path, command: str) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    write_tables(study, out, command)
     save(study.draw(study, study.outcomes(out)), out / study.name)
+    write_tables(study, out, command)
 
 
 def write_tables(study: Study, out: Path, command: str) -> None:
-    """Write the tables and the README alone, as `publish` does."""
+    """Write the tables and the README alone, as `publish` does; a figure of earlier is shown as it is."""
     outcomes = study.outcomes(out)
     _write_csv(out / f"{study.name}-rows.csv", (_row_record(outcome) for outcome in outcomes))
     points = (record for outcome in outcomes for record in _point_records(outcome))
     _write_csv(out / f"{study.name}-points.csv", points)
-    write_atomically(out / "README.md", _readme(study, outcomes, command).encode())
+    write_atomically(out / "README.md", _readme(study, outcomes, command, out).encode())
 
 
 def _row_record(outcome: Outcome) -> dict[str, Any]:
@@ -119,12 +119,13 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *rows])
 
 
-def _readme(study: Study, outcomes: Sequence[Outcome], command: str) -> str:
+def _readme(study: Study, outcomes: Sequence[Outcome], command: str, out: Path) -> str:
     parts = [f"# {study.title}", study.about.strip(), _made_by(outcomes, command)]
-    expected = sum(len(study.seeds_of(outcome.row)) for outcome in outcomes)
-    done = sum(len(outcome.summaries) for outcome in outcomes)
-    if done < expected:
-        parts.append(f"**Unfinished**: {done} of {expected} runs are there. The same command continues.")
+    if (out / f"{study.name}.png").exists():
+        parts.append(f"![{study.title}]({study.name}.png)")
+    done = sum(len(outcome.summaries) == len(study.seeds_of(outcome.row)) for outcome in outcomes)
+    if done < len(outcomes):
+        parts.append(f"**Unfinished**: {done} of {len(outcomes)} rows are there. The same command continues.")
     parts.append(study.tell(study, outcomes).strip())
     return "\n\n".join(part for part in parts if part) + "\n"
 
