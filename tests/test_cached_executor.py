@@ -80,12 +80,13 @@ def test_every_e_th_visit_is_refreshed(refresh):
         assert all(len(report.links) == 2 and report.examples for report in reports)
 
 
-def test_cached_gradients_are_those_of_the_definition():
+@pytest.mark.parametrize("along", [False, True])
+def test_cached_gradients_are_those_of_the_definition(along):
     """In other batches than those that filled the cache: block k has ⟨g, b⟩ + κ/2 ‖b - old‖², per example."""
     x, y = data()
     kappa = [0.3, 0.7]
     loss = nn.CrossEntropyLoss(weight=torch.rand(5, dtype=torch.float64) + 0.5)
-    algo = make(curvature=Constant(kappa), loss=loss)
+    algo = make(curvature=Constant(kappa), along=along, loss=loss)
     stored = [torch.zeros(EXAMPLES, 12, dtype=torch.float64) for _ in range(4)]
     for ids in batches(EXAMPLES, 5, seed=0, epoch=0):
         outputs = [x[ids]]
@@ -104,7 +105,10 @@ def test_cached_gradients_are_those_of_the_definition():
         output = block(h.detach())
         if k < 2:
             old, g = stored[2 * k][ids], stored[2 * k + 1][ids]
-            term = (g * output).sum() + kappa[k] / 2 * (output - old).square().sum()
+            moved = output - old
+            # along the slope alone: ⟨g, moved⟩² / ‖g‖²
+            square = (g * moved).sum(1).square() / g.square().sum(1) if along else moved.square()
+            term = (g * output).sum() + kappa[k] / 2 * square.sum()
         else:
             term = nn.functional.cross_entropy(output, y[ids], weight=loss.weight, reduction="sum")
         expected = torch.autograd.grad(term / loss.weight[y[ids]].sum(), list(block.parameters()))
@@ -144,13 +148,16 @@ def test_the_residual_asks_for_a_refresh_when_the_block_has_moved_too_far():
     assert taken == {None: [1, 0, 0, 0], 1e9: [1, 0, 0, 0], 1e-9: [1, 1, 1, 1]}
 
 
-def test_the_secant_is_measured_at_refreshes_from_what_is_there():
+@pytest.mark.parametrize("along", [False, True])
+def test_the_secant_is_measured_at_refreshes_from_what_is_there(along):
     """Only the lower block moves, so that the secant is that of the loss above."""
     (x, y), ids = data(), torch.arange(EXAMPLES)
     model = mlp()
     curvature = Secant(every=1)
     sizes = iter([0.1, 0.0])  # of the lower block, of the upper one
-    algo = make(model, K=2, curvature=curvature, optimizer=lambda params: torch.optim.SGD(params, lr=next(sizes)))
+    algo = make(
+        model, K=2, curvature=curvature, along=along, optimizer=lambda params: torch.optim.SGD(params, lr=next(sizes))
+    )
     outputs = []
     for _ in range(2):
         outputs.append(algo.blocks[0](x).detach().requires_grad_())
@@ -159,6 +166,9 @@ def test_the_secant_is_measured_at_refreshes_from_what_is_there():
         torch.autograd.grad(nn.functional.cross_entropy(algo.blocks[1](h), y, reduction="sum"), h)[0] for h in outputs
     ]
     way = (outputs[1] - outputs[0]).detach()
+    if along:
+        unit = slopes[0] / slopes[0].norm(dim=1, keepdim=True)
+        way = (way * unit).sum(1, keepdim=True) * unit
     expected = float(((slopes[1] - slopes[0]) * way).sum() / way.square().sum())
     assert expected > 0
     assert curvature.at(0) == pytest.approx(expected, rel=1e-6)

@@ -50,7 +50,6 @@ def test_it_is_algorithm_2(K, n_h, refresh, sweep):
     lam, gamma = [1.0, 0.5, 2.0][: K - 1], [0.1, 0.2, 0.05][: K - 1]
     algo = make(K=K, penalty=lam, h_solver=[GradientDescent(n_h, lr) for lr in gamma], refresh=refresh, sweep=sweep)
     ours = copy.deepcopy(algo.blocks)
-    parameters = [list(block.parameters()) for block in ours]
     stored = [torch.zeros(EXAMPLES, 12, dtype=torch.float64) for _ in range(K - 1)]
     known = torch.zeros(EXAMPLES, dtype=torch.bool)
     for epoch in range(4):
@@ -61,8 +60,9 @@ def test_it_is_algorithm_2(K, n_h, refresh, sweep):
                 h_step=epoch % refresh == 0, sweep=sweep,
             )  # fmt: skip
             with torch.no_grad():
-                for parameter, gradient in zip(sum(parameters, []), sum(gradients, []), strict=True):
-                    parameter -= 0.1 * gradient / len(ids)
+                for block, slopes in zip(ours, gradients, strict=True):
+                    for parameter, slope in zip(block.parameters(), slopes, strict=True):
+                        parameter -= 0.1 * slope / len(ids)
             known[ids] = True
             for old, new in zip(stored, h, strict=True):
                 old[ids] = new

@@ -17,7 +17,16 @@ from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
 from blockprop.penalties import Huber, Penalty, Squared
 
-__all__ = ["CurvatureProduct", "GluingProblem", "LossTerm", "PenaltyTerm", "Root", "TargetTerm", "UpperTerm"]
+__all__ = [
+    "CurvatureProduct",
+    "GluingProblem",
+    "LossTerm",
+    "PenaltyTerm",
+    "Root",
+    "TargetTerm",
+    "UpperTerm",
+    "projected",
+]
 
 
 @dataclass(frozen=True)
@@ -90,15 +99,21 @@ class TargetTerm:
         slope: g, the gradient in it of the mean loss, shape [N, ...].
         count: the number of predictions.
         curvature: κ ≥ 0, of the sum over predictions, as λ is: one, or one per example, shape [N].
+        along: let κ act on the part of d along each example's g alone, default False. The loss above is curved along
+            its own slope far more than in other directions, and the target is then a plane: reached ‖g‖/κ down
+            the slope, wherever else the output has gone.
     """
 
     old: Tensor
     slope: Tensor
     count: float
     curvature: float | Tensor
+    along: bool = False
 
     def _slope(self, moved: Tensor) -> Tensor:
         curvature = self.curvature
+        if self.along:
+            moved = projected(moved, self.slope)
         if isinstance(curvature, Tensor):
             return self.slope + curvature.view(-1, *[1] * (moved.ndim - 1)) / self.count * moved
         return torch.add(self.slope, moved, alpha=curvature / self.count) if curvature else self.slope
@@ -113,6 +128,14 @@ class TargetTerm:
         moved = output.detach() - self.old
         slope = self._slope(moved)
         return Root(output, slope.to(output.dtype), torch.sum((self.slope + slope) / 2 * moved), self.count)
+
+
+def projected(moved: Tensor, slope: Tensor) -> Tensor:
+    """The part of every example's way along its slope; all of shape [N, ...]. Zero where the slope is."""
+    way, along = moved.flatten(1), slope.flatten(1).to(moved.dtype)
+    square = (along * along).sum(1, keepdim=True)
+    share = (way * along).sum(1, keepdim=True) / square.where(square > 0, 1)
+    return (share * along).view_as(moved)
 
 
 @dataclass(frozen=True)

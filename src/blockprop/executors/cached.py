@@ -20,7 +20,8 @@ from blockprop.curvature import Curvature, Secant
 from blockprop.evaluation import Evaluation
 from blockprop.executors.executor import LinkReport, StepReport, Synchronous, check_finite
 from blockprop.gluing import Gluing
-from blockprop.objective import TargetTerm
+from blockprop.losses import OutputLoss
+from blockprop.objective import TargetTerm, projected
 from blockprop.stage import Link, Stage
 
 __all__ = ["CachedExecutor"]
@@ -38,8 +39,10 @@ class CachedExecutor(Synchronous):
         refresh: E ≥ 1, default 2; 1 is the exact form to the bit.
         curvature: κ of the targets, of the sum over predictions; default
             [`Secant`][blockprop.curvature.Secant], measured at refreshes.
-        residual: refresh as well where κ‖b_now(h) - b_old(h)‖ exceeds this many times the cached slope's norm at some
-            link, so that most of the feedback would be correction; default None, never.
+        along: whether κ acts along each example's cached slope alone (default) or in all directions; see
+            [`TargetTerm`][blockprop.objective.TargetTerm]. It is measured alike.
+        residual: refresh as well where the correction κ(b_now(h) - b_old(h)) exceeds this many times the cached slope
+            at some link, in norm over the batch; default None, never.
 
     Raises:
         ValueError: a setting out of its range.
@@ -51,6 +54,7 @@ class CachedExecutor(Synchronous):
         *,
         refresh: int = 2,
         curvature: Curvature | None = None,
+        along: bool = True,
         residual: float | None = None,
     ) -> None:
         if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
@@ -60,6 +64,7 @@ class CachedExecutor(Synchronous):
         self.cache = cache
         self.refresh = refresh
         self.curvature: Curvature = curvature or Secant()
+        self.along = along
         self.residual = residual
         self.tick = 0
 
@@ -96,9 +101,10 @@ class CachedExecutor(Synchronous):
 
         visits = self.cache.visits(ids)
         entries = None if (visits < 0).any() else [self._entries(link, ids, at) for link, at in enumerate(outputs)]
-        wanting = [link for link in range(len(outputs)) if self.curvature.wants(link, len(outputs), self.tick)]
-        if entries is None or (visits >= self.refresh - 1).any() or wanting or self._spent(entries, outputs):
-            links = self._refresh(stages, evaluations, targets, ids, update, entries, wanting)
+        # what one link asks for, all get: the measurement is free once the batch is refreshed
+        wanted = any(self.curvature.wants(link, len(outputs), self.tick) for link in range(len(outputs)))
+        if entries is None or (visits >= self.refresh - 1).any() or wanted or self._spent(entries, outputs):
+            links = self._refresh(stages, evaluations, targets, ids, update, entries if wanted else None)
         else:
             links = self._reuse(stages, evaluations, targets, entries, count, visits, update)
             if update:
@@ -112,11 +118,16 @@ class CachedExecutor(Synchronous):
     def _entries(self, link: int, ids: Tensor, output: Tensor) -> Entries:
         return Entries(*(value.to(output.device) for value in self.cache.read(link, ids)))
 
+    def _way(self, entry: Entries, output: Tensor) -> Tensor:
+        """How far the output has moved since, in the directions that κ acts in."""
+        moved = output - entry.anchor
+        return projected(moved, entry.direction) if self.along else moved
+
     def _spent(self, entries: Sequence[Entries], outputs: Sequence[Tensor]) -> bool:
         if self.residual is None:
             return False
         return any(
-            self.curvature.at(link) * _norm(output - entry.anchor) > self.residual * _norm(entry.direction)
+            self.curvature.at(link) * _norm(self._way(entry, output)) > self.residual * _norm(entry.direction)
             for link, (entry, output) in enumerate(zip(entries, outputs, strict=True))
         )
 
@@ -127,10 +138,9 @@ class CachedExecutor(Synchronous):
         targets: Tensor,
         ids: Tensor,
         update: bool,
-        entries: Sequence[Entries] | None,
-        wanting: Sequence[int],
+        measured: Sequence[Entries] | None,
     ) -> list[LinkReport]:
-        """The exact form, as the local executor has it; what it sends down is stored."""
+        """The exact form, as the local executor has it; what it sends down is stored, and compared with these."""
         links: list[LinkReport] = []
         target: Gluing | Tensor = targets
         for stage in reversed(stages):
@@ -144,14 +154,15 @@ class CachedExecutor(Synchronous):
             if not update:
                 continue
             now = target.direction * target.count
-            if entries is not None and link in wanting:
-                self._measure(link, entries[link], Entries(target.anchor, now))
+            if measured is not None:
+                self._measure(link, measured[link], Entries(target.anchor, now))
             self.cache.write(link, ids, target.anchor, now, step=self.tick)
         return links[::-1]
 
     def _measure(self, link: int, then: Entries, now: Entries) -> None:
+        old = then.anchor
+        new = old + self._way(then, now.anchor)
         # both slopes are known: nothing is evaluated
-        old, new = then.anchor, now.anchor
         self.curvature.measure(link, old, new, lambda output: now.direction if output is new else then.direction)
 
     def _reuse(
@@ -169,9 +180,11 @@ class CachedExecutor(Synchronous):
         for link, (stage, entry) in enumerate(zip(stages, entries, strict=False)):
             evaluation = evaluations[link]
             curvature = self.curvature.at(link)
-            moved = evaluation.output.detach() - entry.anchor
-            stage.add_gradient(evaluation, TargetTerm(entry.anchor, entry.direction / count, count, curvature))
-            links.append(_report(stage.above, entry, moved, curvature, float(visits[link].float().mean()) + 1))
+            output, slope = evaluation.output.detach(), entry.direction / count
+            stage.add_gradient(evaluation, TargetTerm(entry.anchor, slope, count, curvature, self.along))
+            corrected = torch.add(entry.direction, self._way(entry, output), alpha=curvature)
+            age = float(visits[link].float().mean()) + 1
+            links.append(_report(stage.above, corrected, output - entry.anchor, age))
         stages[-1].add_gradient(evaluations[-1], targets)
         if update:
             for stage in stages:
@@ -193,10 +206,10 @@ def _norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values))
 
 
-def _report(above: Any, entry: Entries, moved: Tensor, curvature: float, age: float) -> LinkReport:
+def _report(above: Link | OutputLoss, slope: Tensor, moved: Tensor, age: float) -> LinkReport:
     """Of a link whose feedback was not computed: no h-step was taken."""
     assert isinstance(above, Link) and above.penalty.curvature is not None
-    slope = torch.add(entry.direction, moved, alpha=curvature)
+    # with 2λγ_h = 1 the displacement is the slope over 2λ
     gluing_loss = (slope / above.penalty.curvature).square().sum() / len(slope)
     drift = float(moved.square().sum()) / len(moved)
     return LinkReport(gluing_loss, steps=0, residual=1.0, converged=False, stable=True, age=age, drift=drift)
