@@ -150,15 +150,15 @@ def _algorithm(settings: Settings, dataset: Dataset, total_steps: int) -> BlockP
         "devices": settings.devices or None,
     }
     if settings.algorithm == "backprop":
-        return Backprop(blocks, loss, settings.optimizers(), **common)
+        return Backprop(blocks, loss, settings.optimizers(blocks), **common)
     return BlockProp(
         blocks,
         loss,
-        settings.optimizers(),
+        settings.optimizers(blocks),
         form=settings.form,
         penalty=settings.penalties(),
         h_solver=settings.solver(),
-        executor=settings.executor_with(settings.seed),
+        executor=settings.executor_for(len(dataset.train)),
         recompute=settings.recompute,
         **common,
     )

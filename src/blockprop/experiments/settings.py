@@ -1,23 +1,26 @@
 """The settings of a run: each declared once, for the command line, for Python, and for `config.json`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import Group, Parameter
+from torch import nn
 from torch.optim import Optimizer
 
+from blockprop.cache import GluingCache
 from blockprop.curvature import Constant
 from blockprop.data import NAMES
-from blockprop.executors import Executor, PipelinedExecutor
+from blockprop.executors import CachedExecutor, Executor, PipelinedExecutor, ReplayedExecutor
 from blockprop.experiments.optimizers import OptimizerName, optimizer_named
 from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
 from blockprop.models.catalogue import sizes
 from blockprop.penalties import Huber, Penalty, Squared
+from blockprop.proximal import proximal_sgd
 from blockprop.schedules import Latency
 from blockprop.split import SplitBy
 from blockprop.wstep import OptimizerFactory
@@ -59,9 +62,9 @@ BLOCKPROP_ONLY = (
 )
 """Settings that backprop has no use for."""
 
+_CACHE_ONLY = ("cache", "cache_dtype", "cache_limit", "refresh", "replay")
 _PIPELINE_ONLY = (
     "feedback",
-    "curvature",
     "microbatches",
     "latency",
     "lost",
@@ -153,11 +156,11 @@ class Settings:
     ] = False
 
     schedule: Annotated[
-        Literal["sync", "pipelined"],
+        Literal["sync", "cached", "pipelined"],
         _option(
             _SCHEDULE,
-            "sync: one batch up and down, Algorithm 1; pipelined: all blocks busy on different batches, and feedback "
-            "is late.",
+            "sync: one batch up and down, Algorithm 1; cached: feedback every --refresh epochs only, between them the "
+            "last one of each example; pipelined: all blocks busy on different batches, and feedback is late.",
         ),
     ] = "sync"
     feedback: Annotated[
@@ -172,6 +175,25 @@ class Settings:
         float | Literal["auto"],
         _option(_SCHEDULE, "κ of the targets, a number, or auto: measured while training."),
     ] = "auto"
+    cache: Annotated[
+        str,
+        _option(
+            _SCHEDULE,
+            "Where feedback is kept: none, memory, or a folder for memory-mapped files. Of --schedule cached: memory.",
+        ),
+    ] = "none"
+    cache_dtype: Annotated[
+        Literal["float32", "bfloat16", "int8"],
+        _option(_SCHEDULE, "Numbers in the cache; int8 has a scale per example."),
+    ] = "float32"
+    cache_limit: Annotated[
+        float | None, _option(_SCHEDULE, "GiB that the cache may take. Default: half of what is free.")
+    ] = None
+    refresh: Annotated[int, _option(_SCHEDULE, "E: an example's feedback is computed on every E-th visit.")] = 2
+    replay: Annotated[
+        bool,
+        _option(_SCHEDULE, "Algorithm 2 as published: inputs come from the cache as well. Needs --form published."),
+    ] = False
     microbatches: Annotated[
         int | None,
         _option(
@@ -200,6 +222,12 @@ class Settings:
     block_lr: Annotated[
         tuple[float, ...], _option(_OPTIMIZER, "Step size of each block instead, bottom first.", consume_multiple=True)
     ] = ()
+    w_damping: Annotated[
+        float | None,
+        _option(
+            _OPTIMIZER, "Proximal W-steps of linear layers, damped by so much of their inputs' mean square; sgd only."
+        ),
+    ] = None
     momentum: Annotated[float | None, _option(_OPTIMIZER, "Momentum of sgd. Default: by the model.")] = None
     weight_decay: Annotated[float, _option(_OPTIMIZER, "Weight decay.")] = 0.0
     lr_schedule: Annotated[
@@ -273,6 +301,11 @@ class Settings:
             raise ValueError(
                 f"--block-lr lists {len(self.block_lr)} step sizes for {blocks} blocks; expected one per block"
             )
+        if self.schedule == "cached" and (text or (self.data == "cifar10" if self.augment is None else self.augment)):
+            raise ValueError(
+                f"--schedule cached keeps feedback by example, and {self.data} shows an example differently in every "
+                f"epoch; expected a fixed view: {'other data' if text else '--no-augment'}"
+            )
         unsaid = self.epochs is None and self.steps is None
         own = sizes(model)
         return replace(
@@ -286,6 +319,7 @@ class Settings:
             threads=torch.get_num_threads() if self.threads is None else self.threads,
             optimizer=name,
             microbatches=self._microbatches(),
+            cache="memory" if self.schedule == "cached" and self.cache == "none" else self.cache,
             lr=lr if self.lr is None else self.lr,
             momentum=momentum if self.momentum is None else self.momentum,
             epochs=_EPOCHS.get(self.data, 5) if unsaid else self.epochs,
@@ -293,15 +327,22 @@ class Settings:
 
     def unused(self) -> dict[str, str]:
         """Settings that were changed but have no effect beside the others, and for each a line that says why."""
-        found = {}
-        if self.schedule == "sync" or self.algorithm == "backprop":
-            found = dict.fromkeys(_PIPELINE_ONLY, "is of --schedule pipelined")
+        found: dict[str, str] = {}
+        schedule = "sync" if self.algorithm == "backprop" else self.schedule
+        if schedule != "pipelined":
+            found |= dict.fromkeys(_PIPELINE_ONLY, "is of --schedule pipelined")
+        if schedule != "cached":
+            found |= dict.fromkeys(_CACHE_ONLY, "is of --schedule cached")
+        if schedule == "sync":
+            found["curvature"] = "is of --schedule cached or pipelined"
         elif self.feedback != "target":
-            found = {"curvature": "is of --feedback target"}
+            found["curvature"] = "is of --feedback target"
+        elif self.replay:
+            found["curvature"] = "has no place in the published form: leave out --replay, or this"
         if self.algorithm == "backprop":
             found |= dict.fromkeys(BLOCKPROP_ONLY, "is of blockprop, not of --algorithm backprop")
         else:
-            if self.schedule == "pipelined":
+            if self.schedule != "sync":
                 found |= dict.fromkeys(_SYNC_ONLY, "is of --schedule sync")
             if self.h_solver != "momentum":
                 found["h_momentum"] = f"is of --h-solver momentum, not of {self.h_solver}"
@@ -337,15 +378,29 @@ class Settings:
             case _:
                 return GradientDescent(self.h_steps, self.h_lr)
 
-    def executor_with(self, seed: int) -> str | Executor:
-        """Who carries out the schedule."""
+    def executor_for(self, examples: int) -> str | Executor:
+        """Who carries out the schedule, on so many training examples.
+
+        Raises:
+            ValueError: a cache that cannot be made.
+        """
         if self.schedule == "sync":
             return self.executor
         known = None if self.curvature == "auto" else self.curvature
         curvature = Constant(0.0) if self.feedback != "target" else None if known is None else Constant(known)
+        if self.schedule == "cached":
+            cache = GluingCache(
+                examples,
+                path=None if self.cache in ("none", "memory") else Path(self.cache),
+                dtype=getattr(torch, self.cache_dtype),
+                limit=None if self.cache_limit is None else int(self.cache_limit * 2**30),
+            )
+            if self.replay:
+                return ReplayedExecutor(cache, refresh=self.refresh)
+            return CachedExecutor(cache, refresh=self.refresh, curvature=curvature)
         return PipelinedExecutor(
             microbatches=self._microbatches() or 1,
-            latency=Latency(self.latency, self.lost, seed),
+            latency=Latency(self.latency, self.lost, self.seed),
             curvature=curvature,
             reuse=self.feedback == "stashed",
             prediction=self.prediction,
@@ -353,7 +408,7 @@ class Settings:
         )
 
     def _microbatches(self) -> int | None:
-        if self.schedule == "sync" or self.microbatches is not None:
+        if self.schedule != "pipelined" or self.microbatches is not None:
             return self.microbatches
         return max(1, min(2 * (self.blocks - 1), self.batch_size // 4))
 
@@ -366,11 +421,21 @@ class Settings:
         }
         return found.pop() if len(found) == 1 else None
 
-    def optimizers(self) -> list[OptimizerFactory]:
-        """One optimizer factory per block."""
+    def optimizers(self, blocks: Iterable[nn.Module]) -> list[OptimizerFactory]:
+        """One optimizer factory per block.
+
+        Raises:
+            ValueError: proximal W-steps with another optimizer than sgd.
+        """
         assert self.lr is not None and self.optimizer is not None
         rates = self.block_lr or (self.lr,) * self.blocks
-        return [optimizer_named(self.optimizer, rate, self.momentum or 0.0, self.weight_decay) for rate in rates]
+        more = (self.momentum or 0.0, self.weight_decay)
+        if self.w_damping is not None and self.optimizer != "sgd":
+            raise ValueError(f"--w-damping is of sgd, not of {self.optimizer}: leave it out")
+        if self.w_damping is not None:
+            pairs = zip(blocks, rates, strict=True)
+            return [proximal_sgd(block, rate, *more, damping=self.w_damping) for block, rate in pairs]
+        return [optimizer_named(self.optimizer, rate, *more) for rate in rates]
 
     def schedulers(self, total_steps: int) -> list[Callable[[Optimizer], Any]] | None:
         """Of each block: warm-up, decay, the rise from a step size over the delay; None if all are constant."""
