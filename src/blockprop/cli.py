@@ -24,6 +24,7 @@ from blockprop.experiments.run import check_folder, read_json, run
 from blockprop.experiments.run import resume as resume_run
 from blockprop.experiments.settings import Settings
 from blockprop.forms import FormName
+from blockprop.studies.beyond import beyond
 from blockprop.studies.figure2 import figure2
 from blockprop.studies.figure3 import figure3
 from blockprop.studies.gap import gap
@@ -208,9 +209,17 @@ def schedule(
 
 
 @app.command(name="gap")
-def gap_command(options: StudyOptions = _STUDY_OPTIONS) -> None:
-    """Run the table of all forms beside backprop, on all kinds of networks, with step sizes tuned alike."""
-    options.perform(gap(data_dir=options.data_dir, seeds=options.seeds, quick=options.quick), "blockprop gap")
+def gap_command(
+    part: Annotated[
+        Literal["table", "beyond"],
+        Parameter(help="table: all forms on all kinds of networks. beyond: proximal steps that learn more per epoch."),
+    ] = "table",
+    options: StudyOptions = _STUDY_OPTIONS,
+) -> None:
+    """Measure the gap to backprop, with step sizes tuned alike on both sides; or what goes past it."""
+    make = gap if part == "table" else beyond
+    study = make(data_dir=options.data_dir, seeds=options.seeds, quick=options.quick)
+    options.perform(study, "blockprop gap" + (" beyond" if part == "beyond" else ""))
 
 
 def _show(folders: Sequence[Path], out: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from blockprop.cli import main
+from blockprop.studies.beyond import beyond
 from blockprop.studies.figure2 import figure2, link_scale
 from blockprop.studies.figure3 import figure3
 from blockprop.studies.gap import gap, pooled_sd
@@ -16,6 +17,7 @@ STUDIES = {
     "figure 2 quick": figure2(quick=True),
     "figure 3": figure3(),
     "figure 3 quick": figure3(quick=True),
+    "beyond": beyond(),
     "gap": gap(),
     "gap quick": gap(quick=True),
 }

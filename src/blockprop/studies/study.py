@@ -161,14 +161,23 @@ def run_study(
             if on_row and not left[row.name]:
                 on_row(row)
 
-        plans = [_plan(row, folder, study.seeds_of(row)) for folder, row in rows.items()]
-        work_off(plans, jobs=jobs, quiet=True, lean=True, on_run=done)
+        work_off(_plans(study, rows), jobs=jobs, quiet=True, lean=True, on_run=done)
 
 
-def _plan(row: Row, folder: Path, seeds: Sequence[int]) -> Plan:
-    """The runs that choose the step size, if there is a choice; then those of the seeds."""
-    if not row.lrs:
-        return _of_seeds(row, folder, seeds, None)
+def _plans(study: Study, rows: dict[Path, Row]) -> list[Plan]:
+    """Row by row where a step size is chosen first; else seed by seed, so that a whole figure is there early."""
+    tuned = [_tuned(row, folder, study.seeds_of(row)) for folder, row in rows.items() if row.lrs]
+    others = [(row, folder) for folder, row in rows.items() if not row.lrs]
+    return tuned + [
+        _of_seeds(row, folder, [seed], None)
+        for seed in study.seeds
+        for row, folder in others
+        if seed in study.seeds_of(row)
+    ]
+
+
+def _tuned(row: Row, folder: Path, seeds: Sequence[int]) -> Plan:
+    """The runs that choose the step size; then those of the seeds."""
     tuning = [
         Planned(f"{row.name}, choosing step size {lr:g}", _with(row, TUNING_SEED, lr), folder / f"lr-{lr:g}")
         for lr in row.lrs
