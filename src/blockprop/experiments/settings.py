@@ -322,6 +322,7 @@ class Settings:
             cache="memory" if self.schedule == "cached" and self.cache == "none" else self.cache,
             lr=lr if self.lr is None else self.lr,
             momentum=momentum if self.momentum is None else self.momentum,
+            warmup=0 if self.warmup is None and self.schedule != "pipelined" else self.warmup,
             epochs=_EPOCHS.get(self.data, 5) if unsaid else self.epochs,
         )
 
