@@ -169,12 +169,14 @@ def serve(answer: Callable[[Any], Any]) -> None:
         print(json.dumps(answer(json.loads(line))), flush=True)
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The command line that every benchmark has."""
+def arguments(description: str | None, *, data: bool = False) -> argparse.Namespace:
+    """The command line that every benchmark has; with `data`, for one that reads a dataset."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds: to see that it runs, not to quote")
     parser.add_argument("--out", type=Path, metavar="FILE", help="Markdown page to write, with a JSON beside it")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    if data:
+        parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data's published files")
     return parser.parse_args()
 
 

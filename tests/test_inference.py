@@ -55,6 +55,29 @@ def test_an_energy_is_the_minimum_of_the_augmented_loss(K, penalty):
     assert torch.equal(found.labels, expected.argmin(1))
 
 
+def test_with_relus_an_energy_is_close_to_the_best_that_a_long_search_finds():
+    """Minima may lie on kinks, where Gauss-Newton stops a little early and `left` says too much."""
+    layers = [layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    model = nn.Sequential(*layers[:-1]).double()
+    blocks, x = blockprop.split(model, 3), 3 * torch.randn(3, 8, dtype=torch.float64)
+    found = energies(blocks, x, penalty=0.1).values.flatten()
+    many, labels = x.repeat_interleave(8, 0), torch.arange(8).repeat(3)
+    h = [blocks[0](many).detach()]
+    h = [value.requires_grad_() for value in (h[0], blocks[1](h[0]).detach())]
+    optimizer = torch.optim.Adam(h, lr=0.05)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    best = torch.full_like(found, float("inf"))
+    for _ in range(400):
+        values = augmented_loss(blocks, many, h, labels, loss=CE, penalty=0.1)
+        for value, slope in zip(h, torch.autograd.grad(values.sum(), h), strict=True):
+            value.grad = slope
+        optimizer.step()
+        scheduler.step()
+        best = torch.minimum(best, values.detach())
+    assert ((found - best) / best).median() < 0.01
+    assert ((found - best) / best).max() < 0.1
+
+
 def test_an_energy_is_at_most_the_loss_and_not_below_zero():
     blocks, x = network(3)
     for penalty in (1e-3, 1.0, 1e3):

@@ -45,7 +45,7 @@ class Energies:
     Attributes:
         values: shape [N, C], in the loss's units; no greater than the loss at the forward pass.
         left: how much lower the worst of them may be, by its gradient: ‖∇‖² / 4, the most that there is to gain
-            where the network is nearly linear. A minimum is a local one, as in training.
+            where the network is nearly linear. Too much where a ReLU's kink holds the minimum. All minima are local.
     """
 
     values: Tensor
@@ -122,7 +122,8 @@ def energies(
         loss: a loss over class labels, default `nn.CrossEntropyLoss()`.
         penalty: λ (default 1), of the squared penalty; one, or one per link, bottom first.
         steps: the most Gauss-Newton steps, default 20.
-        tolerance: in the loss's units: an energy is done when no more than this is left to gain, default 1e-3.
+        tolerance: in the loss's units, default 1e-3: an energy is done when no more than this is left to gain, or
+            a step has gained no more.
         batch_size: examples at a time, default 128.
 
     Raises:
@@ -224,14 +225,14 @@ class _Minimum:
     def seek(self, steps: int, tolerance: float) -> Energies:
         rows = torch.arange(len(self.values), device=self.values.device)
         for _ in range(steps if self.blocks else 0):
-            moved = self._step(rows)
-            rows = rows[moved & (self.left[rows] > tolerance)]
+            gained = self._step(rows)
+            rows = rows[(gained > tolerance) & (self.left[rows] > tolerance)]
             if len(rows) == 0:
                 break
         return Energies(self.values.view(-1, self.classes), float(self.left.max()))
 
     def _step(self, rows: Tensor) -> Tensor:
-        """One Gauss-Newton step of some rows, and which of them it moved; `left` is measured where it starts."""
+        """One Gauss-Newton step of some rows, and what each gained; `left` is measured where it starts."""
         network = _Displaced(self.blocks, self.bottom[rows // self.classes], self.shapes, self.weights)
         point, labels, value = self.point[rows], self.labels[rows], self.values[rows]
         evaluation = Evaluation(network, torch.zeros_like(point), keep_graph=False)
@@ -250,4 +251,4 @@ class _Minimum:
             size = torch.where(falls, size, size / 2)
         self.point[rows] = torch.where(falls[:, None], trial, point)
         self.values[rows] = torch.where(falls, found, value)
-        return falls
+        return value - self.values[rows]
