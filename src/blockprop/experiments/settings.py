@@ -399,8 +399,10 @@ class Settings:
             if self.replay:
                 return ReplayedExecutor(cache, refresh=self.refresh)
             return CachedExecutor(cache, refresh=self.refresh, curvature=curvature)
+        parts = self._microbatches()
+        assert parts is not None
         return PipelinedExecutor(
-            microbatches=self._microbatches() or 1,
+            microbatches=parts,
             latency=Latency(self.latency, self.lost, self.seed),
             curvature=curvature,
             reuse=self.feedback == "stashed",

@@ -1,0 +1,113 @@
+"""Runs by a schedule from the command line: every option trains, resumes to the same bytes, and says its mistakes."""
+
+import json
+import shutil
+
+import pytest
+
+from blockprop.cli import main
+
+QUICK = ["--data", "digits", "--width", "16", "--depth", "4", "--blocks", "3", "--quiet", "--threads", "1"]
+PIPELINED, CACHED = ["--schedule", "pipelined"], ["--schedule", "cached"]
+
+
+def train(out, *more, steps=30):
+    return main(["train", *QUICK, "--steps", str(steps), "--out", str(out), *more])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        PIPELINED,
+        [*PIPELINED, "--curvature", "0.1", "--microbatches", "3"],
+        [*PIPELINED, "--feedback", "gradient", "--latency", "4", "--lost", "0.1"],
+        [*PIPELINED, "--feedback", "stashed", "--compensation", "0.1", "--delay-annealing", "10"],
+        [*PIPELINED, "--prediction", "1", "--optimizer", "nadam"],
+        [*PIPELINED, "--optimizer", "muon", "--warmup", "5", "--dropout", "0.2", "--norm", "batch"],
+        CACHED,
+        [*CACHED, "--refresh", "3", "--cache-dtype", "int8", "--curvature", "0.1"],
+        [*CACHED, "--replay", "--form", "published"],
+    ],
+)
+def test_a_scheduled_run_resumed_is_the_one_that_was_not_stopped(tmp_path, more):
+    assert train(tmp_path / "whole", *more, "--checkpoint-every", "13") == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for path in (tmp_path / "stopped/checkpoints").iterdir():
+        if not path.name.endswith("26.safetensors"):
+            path.unlink()
+    (tmp_path / "stopped/summary.json").unlink()
+    (tmp_path / "stopped/model.safetensors").unlink()
+    assert main(["train", "--resume", "--quiet", "--out", str(tmp_path / "stopped")]) == 0
+    whole, stopped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert whole == stopped
+
+
+def test_a_cache_in_a_folder_gives_the_numbers_of_one_in_memory(tmp_path):
+    for name, where in (("memory", "memory"), ("mapped", str(tmp_path / "cache"))):
+        assert train(tmp_path / name, *CACHED, "--cache", where, steps=50) == 0
+    memory, mapped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "mapped"))
+    assert memory == mapped
+
+
+def test_the_first_epoch_of_a_cache_and_refresh_1_are_sync(tmp_path):
+    for name, more in (("sync", []), ("every", [*CACHED, "--refresh", "1"])):
+        assert train(tmp_path / name, *more, steps=50) == 0
+    sync, every = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("sync", "every"))
+    assert sync == every
+
+
+def test_age_and_drift_are_in_the_metrics(tmp_path):
+    assert train(tmp_path / "run", *PIPELINED, "--microbatches", "1", "--log-every", "10") == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    assert last["age"] == [4.0, 2.0]
+    assert all(value > 0 for value in last["drift"])
+
+
+def test_what_was_chosen_is_recorded(tmp_path):
+    assert train(tmp_path / "run", *PIPELINED, "--batch-size", "12") == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["microbatches"] == 3  # 2(K - 1) = 4 would leave fewer than four examples
+    assert train(tmp_path / "cached", *CACHED) == 0
+    assert json.loads((tmp_path / "cached/config.json").read_text())["cache"] == "memory"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--curvature", "1"], "--curvature is of --schedule cached or pipelined"),
+        (["--feedback", "gradient"], "--feedback is of --schedule pipelined"),
+        (["--refresh", "3"], "--refresh is of --schedule cached"),
+        ([*CACHED, "--lost", "0.5"], "--lost is of --schedule pipelined"),
+        ([*PIPELINED, "--cache", "memory"], "--cache is of --schedule cached"),
+        ([*PIPELINED, "--recompute"], "--recompute is of --schedule sync"),
+        ([*PIPELINED, "--feedback", "gradient", "--curvature", "1"], "--curvature is of --feedback target"),
+        ([*PIPELINED, "--lost", "1.5"], "share of lost messages is 1.5"),
+        ([*PIPELINED, "--latency", "-1"], "longest delay is -1"),
+        ([*PIPELINED, "--microbatches", "0"], "microbatches is 0"),
+        ([*PIPELINED, "--curvature", "-1"], "curvature is -1"),
+        ([*PIPELINED, "--compensation", "1"], "expected reuse=True"),
+        ([*PIPELINED, "--form", "published"], "form 'exact'"),
+        ([*CACHED, "--refresh", "0"], "refresh is 0"),
+        ([*CACHED, "--cache-limit", "0.000001"], "the cache needs"),
+        (["--algorithm", "backprop", *PIPELINED], "--schedule is of blockprop"),
+        ([*CACHED, "--augment"], "--no-augment"),
+    ],
+)
+def test_mistakes(tmp_path, capsys, more, message):
+    assert train(tmp_path / "run", *more) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_the_schedule_is_drawn_and_listed(capsys):
+    assert main(["schedule", "--blocks", "3", "--ticks", "5", "--draw"]) == 0
+    drawn = capsys.readouterr().out
+    assert drawn.splitlines()[0].startswith("block 3 |        |        | 0 '0*")
+    assert main(["schedule", "sequential", "--blocks", "2", "--ticks", "4"]) == 0
+    assert "3: backward 0 by 1, update 0 by 1, update 0 by 2" in capsys.readouterr().out
+    assert main(["schedule", "parallel", "--latency", "2"]) == 2
+    assert main(["schedule", "--ticks", "0"]) == 2
+    assert main(["schedule", "--blocks", "0"]) == 2
