@@ -89,11 +89,15 @@ def test_the_step_size_is_chosen_by_validation_with_a_seed_of_its_own(tmp_path):
     run_study(study, tmp_path, quiet=True)
     (outcome,) = study.outcomes(tmp_path)
     assert outcome.lr == 0.1 and outcome.diverged == 0
-    assert folders(tmp_path) == [f"p/backprop/{n}" for n in ("lr-0.1", "lr-1e+38", "lr-1e-06", "seed-0", "seed-1")]
+    tuning = [f"lr-{lr}/seed-{TUNING_SEED}" for lr in ("0.1", "1e+38", "1e-06")]
+    assert folders(tmp_path) == [f"p/backprop/{n}" for n in ("lr-0.1/seed-0", "lr-0.1/seed-1", *tuning)]
     read = [json.loads((folder / "config.json").read_text()) for folder in outcome.folders.values()]
     assert [(one["lr"], one["seed"]) for one in read] == [(0.1, 0), (0.1, 1)]
-    assert json.loads((tmp_path / "runs/p/backprop/lr-1e+38/summary.json").read_text())["diverged"]
-    assert json.loads((tmp_path / "runs/p/backprop/lr-0.1/config.json").read_text())["seed"] == TUNING_SEED
+    assert json.loads((tmp_path / f"runs/p/backprop/lr-1e+38/seed-{TUNING_SEED}/summary.json").read_text())["diverged"]
+    assert (
+        json.loads((tmp_path / f"runs/p/backprop/lr-0.1/seed-{TUNING_SEED}/config.json").read_text())["seed"]
+        == TUNING_SEED
+    )
 
 
 def test_processes_give_the_same_as_one(tmp_path):

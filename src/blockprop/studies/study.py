@@ -136,8 +136,8 @@ def run_study(
 
     Args:
         study: what to run.
-        out: the study's folder; run folders are `out/runs/PANEL/LABEL/seed-N`, and `.../lr-X` for those that
-            only choose a step size.
+        out: the study's folder; run folders are `out/runs/PANEL/LABEL/seed-N`, or `.../lr-X/seed-N` where the step
+            size X is chosen.
         jobs: runs at a time, each in a process of its own if more than one.
         quiet: show no progress.
         on_row: called after the last run of each row.
@@ -155,7 +155,7 @@ def run_study(
     with SweepProgress(study.title, expected, jobs=jobs, quiet=quiet) as progress:
 
         def done(planned: Planned, summary: dict[str, Any], seconds: float) -> None:
-            row = rows[planned.folder.parent]
+            row = next(rows[folder] for folder in planned.folder.parents if folder in rows)
             progress.finished(row.name, seconds, f"{planned.name}: {_result(row, summary)}")
             left[row.name] -= 1
             if on_row and not left[row.name]:
@@ -179,14 +179,19 @@ def _plans(study: Study, rows: dict[Path, Row]) -> list[Plan]:
 def _tuned(row: Row, folder: Path, seeds: Sequence[int]) -> Plan:
     """The runs that choose the step size; then those of the seeds."""
     tuning = [
-        Planned(f"{row.name}, choosing step size {lr:g}", _with(row, TUNING_SEED, lr), folder / f"lr-{lr:g}")
+        Planned(f"{row.name}, choosing step size {lr:g}", _with(row, TUNING_SEED, lr), _place(folder, TUNING_SEED, lr))
         for lr in row.lrs
     ]
     return Plan(tuning, lambda summaries: _of_seeds(row, folder, seeds, _chosen(row, summaries)))
 
 
 def _of_seeds(row: Row, folder: Path, seeds: Sequence[int], lr: float | None) -> Plan:
-    return Plan([Planned(f"{row.name}, seed {seed}", _with(row, seed, lr), folder / f"seed-{seed}") for seed in seeds])
+    return Plan([Planned(f"{row.name}, seed {seed}", _with(row, seed, lr), _place(folder, seed, lr)) for seed in seeds])
+
+
+def _place(folder: Path, seed: int, lr: float | None) -> Path:
+    """A run's folder; a step size that was chosen is part of its name, so that more of them may be tried later."""
+    return (folder if lr is None else folder / f"lr-{lr:g}") / f"seed-{seed}"
 
 
 def _with(row: Row, seed: int, lr: float | None) -> Settings:
@@ -206,14 +211,14 @@ def _chosen(row: Row, summaries: Sequence[dict[str, Any]]) -> float:
 
 
 def _outcome(row: Row, folder: Path, seeds: Sequence[int]) -> Outcome:
-    tuning = [_summary(folder / f"lr-{lr:g}") for lr in row.lrs]
+    tuning = [_summary(_place(folder, TUNING_SEED, lr)) for lr in row.lrs]
     finished = [summary for summary in tuning if summary is not None]
-    lr = row.settings.resolved().lr
-    if row.lrs:
-        lr = _chosen(row, finished) if len(finished) == len(row.lrs) else None
-    folders = {seed: folder / f"seed-{seed}" for seed in seeds}
+    if len(finished) < len(row.lrs):
+        return Outcome(row, None, {}, {})
+    chosen = _chosen(row, finished) if row.lrs else None
+    folders = {seed: _place(folder, seed, chosen) for seed in seeds}
     summaries = {seed: summary for seed, path in folders.items() if (summary := _summary(path)) is not None}
-    return Outcome(row, lr, summaries, {seed: folders[seed] for seed in summaries})
+    return Outcome(row, chosen or row.settings.resolved().lr, summaries, {seed: folders[seed] for seed in summaries})
 
 
 def _summary(folder: Path) -> dict[str, Any] | None:
