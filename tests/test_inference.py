@@ -31,7 +31,7 @@ def by_descent(blocks, x, label: int, penalty) -> torch.Tensor:
     h = [value.requires_grad_() for value in h]
     y = torch.full((len(x),), label)
     optimizer = torch.optim.LBFGS(
-        h, max_iter=500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+        h, max_iter=300, tolerance_grad=1e-9, tolerance_change=1e-15, line_search_fn="strong_wolfe"
     )
 
     def closure():

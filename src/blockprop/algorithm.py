@@ -14,6 +14,7 @@ from blockprop.executors.executor import check_finite
 from blockprop.forms import Form, FormName, form_named
 from blockprop.hsolvers import HSolver
 from blockprop.losses import OutputLoss
+from blockprop.modes import evaluating
 from blockprop.penalties import PenaltyLike, per_link
 from blockprop.stage import Link, Stage
 from blockprop.wstep import OptimizerFactory, SchedulerFactory, WStep
@@ -92,13 +93,8 @@ class _Trained:
     @torch.no_grad()
     def predict(self, inputs: Tensor) -> Tensor:
         """The network's outputs in evaluation mode, by the plain forward pass; shape [N, ...]."""
-        training = [module.training for module in self.blocks.model.modules()]
-        self.blocks.model.eval()
-        try:
+        with evaluating([self.blocks.model]):
             return self.blocks(inputs)
-        finally:
-            for module, was in zip(self.blocks.model.modules(), training, strict=True):
-                module.training = was
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizers, schedulers and accumulated gradients, block by block. The weights are the model's."""
