@@ -29,7 +29,6 @@ from blockprop.models import mlp
 from blockprop.training import score
 
 BATCH = 128
-LR = 0.1
 NETWORKS: dict[int, Callable[[], nn.Sequential]] = {
     2: lambda: mlp(784, 10, width=300, depth=2),
     4: lambda: mlp(784, 10, width=256, depth=4),
@@ -46,7 +45,9 @@ class Row:
         refresh: E.
         curvature: κ, or "auto"; of cached targets.
         along: whether κ acts along the cached slopes alone; of cached targets.
-        scale: 2λγ_h, with λ = 1; of the published form.
+        scale: 2λγ_h; of the published form.
+        penalty: λ; of the published form.
+        lr: step size of SGD.
         dtype: of the cache.
     """
 
@@ -56,6 +57,8 @@ class Row:
     curvature: float | str | None = None
     along: bool = True
     scale: float | None = None
+    penalty: float = 1.0
+    lr: float = 0.1
     dtype: str = "float32"
 
 
@@ -71,6 +74,10 @@ def rows(quick: bool) -> Iterator[Row]:
     for blocks in (2, 4):
         for scale, refresh in [(0.02, 1), (0.02, 2), (1.0, 1), (1.0, 4)]:
             yield Row(blocks, "published", refresh, scale=scale)
+    for lr in (0.003, 0.01):
+        yield Row(2, "backprop", lr=lr)
+        yield Row(2, "published", scale=1.0, penalty=500.0, lr=lr)
+    yield Row(2, "published", 2, scale=1.0, penalty=500.0, lr=0.003)
     for blocks in () if quick else (2, 4):
         for refresh in (2, 4):
             yield Row(blocks, "targets", refresh, 0.1)
@@ -96,13 +103,13 @@ def algorithm(row: Row, model: nn.Sequential, examples: int) -> blockprop.BlockP
         executor = CachedExecutor(cache, refresh=row.refresh, curvature=curvature, along=row.along)
         settings = {"executor": executor}
     elif row.form == "published":
-        h_solver = blockprop.GradientDescent(1, row.scale / 2)
+        h_solver = blockprop.GradientDescent(1, row.scale / (2 * row.penalty))
         replayed = ReplayedExecutor(cache, refresh=row.refresh)
-        settings = {"form": "published", "h_solver": h_solver, "executor": replayed}
+        settings = {"form": "published", "penalty": row.penalty, "h_solver": h_solver, "executor": replayed}
     return blockprop.BlockProp(
         blockprop.split(model, row.blocks, by="layers"),
         nn.CrossEntropyLoss(),
-        lambda parameters: torch.optim.SGD(parameters, lr=LR),
+        lambda parameters: torch.optim.SGD(parameters, lr=row.lr),
         **settings,
     )
 
@@ -149,7 +156,7 @@ def results(given: argparse.Namespace, epochs: int) -> list[dict[str, Any]]:
     data = load("mnist", given.data_dir)
     data = data.first(12_000) if given.quick else data
     for row in rows(given.quick):
-        if any(all(one[key] == value for key, value in asdict(row).items()) for one in found):
+        if any(all(one.get(key) == value for key, value in asdict(row).items()) for one in found):
             continue
         found.append(measure(row, data, epochs))
         print(row, [f"{value:.2f}" for value in found[-1]["accuracies"]], flush=True)
@@ -166,7 +173,8 @@ def _cells(one: dict[str, Any], baseline: dict[str, Any]) -> list[object]:
         one["form"] if one["dtype"] == "float32" else f"{one['form']}, {one['dtype']}",
         one["refresh"],
         "" if one["curvature"] is None else f"{one['curvature']}{where}",
-        "" if one["scale"] is None else one["scale"],
+        "" if one["scale"] is None else f"{one['scale']:g}, λ = {one['penalty']:g}",
+        f"{one['lr']:g}",
         ", ".join(f"{value:.1f}" for value in accuracies),
         f"{accuracies[-1]:.2f}",
         f"{accuracies[-1] - baseline['accuracies'][-1]:+.2f}",
@@ -181,16 +189,16 @@ def main() -> None:
     torch.set_num_threads(1)
     epochs = 6 if given.quick else 8
     found = results(given, epochs)
-    baselines = {one["blocks"]: one for one in found if one["form"] == "backprop"}
-    head = ["K", "form", "E", "κ", "2λγ_h", "test accuracy after each epoch, %", "at the end", "to backprop"]
+    baselines = {(one["blocks"], one["lr"]): one for one in found if one["form"] == "backprop"}
+    head = ["K", "form", "E", "κ", "2λγ_h", "SGD", "test accuracy after each epoch, %", "at the end", "to backprop"]
     head += ["refreshed", "FLOPs / backprop's", "seconds / backprop's"]
     which = "MNIST, the first 12,000 examples" if given.quick else "MNIST"
     body = [
-        f"{which}; one layer a block (784-300-10 at K = 2, 784-256-256-256-10 at K = 4), SGD {LR}, batch {BATCH}, "
+        f"{which}; one layer a block (784-300-10 at K = 2, 784-256-256-256-10 at K = 4), SGD, batch {BATCH}, "
         f"{epochs} epochs, one seed. `targets`: cached targets under a fresh forward pass. `published`: Algorithm 2 "
-        "with cached inputs, λ = 1, N_h = 1. `rest` is the control: between refreshes the blocks below the top do not "
+        "with cached inputs, N_h = 1. `rest` is the control: between refreshes the blocks below the top do not "
         "learn.",
-        table(head, [_cells(one, baselines[one["blocks"]]) for one in found]),
+        table(head, [_cells(one, baselines[one["blocks"], one["lr"]]) for one in found]),
         "Seconds are the processor's. FLOPs are those of matrix products that ran, of training alone.",
     ]
     publish("caching", given, "The gluing cache", body, found)
