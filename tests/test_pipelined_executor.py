@@ -221,6 +221,23 @@ def test_a_measurement_leaves_no_trace():
     assert torch.equal(weights, reference)
 
 
+def test_watching_compares_with_the_gradient_of_today():
+    """Without delay the late gradient is today's; with it, it is not quite."""
+    for schedule, exact in ((sequential, True), (None, False)):
+        executor = PipelinedExecutor(schedule, curvature=Constant(0.1))
+        algo = trainer(executor, model=mlp(depth=4), lr=0.5)
+        for x, y in data()[:6]:
+            algo.step(x, y)
+        executor.watch(3)
+        assert executor.watched() is None
+        for x, y in data()[6:]:
+            algo.step(x, y)
+        found = executor.watched()
+        assert found[-1] == (1.0, 1.0)
+        assert all((abs(cosine - 1) < 1e-9 and abs(ratio - 1) < 1e-9) == exact for cosine, ratio in found[:-1])
+        assert executor.watched() is None
+
+
 def test_the_gradient_alone_is_refused():
     with pytest.raises(ValueError, match="learn from different batches"):
         trainer(PipelinedExecutor()).gradient(*batch())

@@ -13,7 +13,7 @@ from blockprop.algorithm import Backprop, BlockProp
 from blockprop.checkpoint import Checkpoints
 from blockprop.data import Dataset, Split, batch_generator, batches
 from blockprop.diagnostics import alignment, curvature
-from blockprop.executors import StepReport
+from blockprop.executors import Executor, PipelinedExecutor, StepReport
 from blockprop.executors.executor import check_finite
 from blockprop.metrics import Metrics
 
@@ -236,6 +236,8 @@ class Training:
         self.samples += report.examples
         self.window.add(report)
         self.epoch_means.add(report)
+        if isinstance(pipeline := self._executor, PipelinedExecutor) and (late := pipeline.watched()):
+            self._write("diagnostics", {"cosine": [pair[0] for pair in late], "norm_ratio": [pair[1] for pair in late]})
         if last or index == self.steps_per_epoch - 1:
             self.last_epoch = self.epoch_means.values()
         if last or self.step % self.log_every == 0:
@@ -260,8 +262,15 @@ class Training:
         self._write("train", {**self.window.values(), **timing})
         self.window = Means()
 
+    @property
+    def _executor(self) -> Executor | None:
+        return self.algo.executor if isinstance(self.algo, BlockProp) else None
+
     def _diagnose(self, inputs: Tensor, targets: Tensor) -> None:
         assert isinstance(self.algo, BlockProp)
+        if isinstance(pipeline := self._executor, PipelinedExecutor):
+            pipeline.watch(len(self.algo.blocks))
+            return
         found = alignment(self.algo, inputs, targets)
         self._write(
             "diagnostics",

@@ -111,3 +111,12 @@ def test_the_schedule_is_drawn_and_listed(capsys):
     assert main(["schedule", "parallel", "--latency", "2"]) == 2
     assert main(["schedule", "--ticks", "0"]) == 2
     assert main(["schedule", "--blocks", "0"]) == 2
+
+
+def test_alignment_with_todays_gradient_is_in_the_metrics(tmp_path):
+    assert train(tmp_path / "run", *PIPELINED, "--microbatches", "1", "--diagnose-every", "10") == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    found = [row for row in rows if row["kind"] == "diagnostics"]
+    assert len(found) == 3
+    assert all(len(row["cosine"]) == len(row["norm_ratio"]) == 3 for row in found)
+    assert all(0.3 < cosine <= 1 + 1e-9 for row in found for cosine in row["cosine"])

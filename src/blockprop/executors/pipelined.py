@@ -79,6 +79,7 @@ class PipelinedExecutor:
             raise ValueError("reuse keeps the weights of the forward pass; expected no prediction with it")
         self.reuse, self.prediction, self.compensation = reuse, prediction, compensation
         self._velocity: dict[int, list[Tensor]] = {}  # running mean of each block's updates
+        self._watched: dict[int, tuple[float, float] | None] = {}
         self.microbatches = microbatches
         self.schedule = schedule or (lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency))
         self.curvature: Curvature = curvature or Secant()
@@ -195,16 +196,33 @@ class PipelinedExecutor:
                 slope = _slope_above(stages[k:], part.labels)
                 self.curvature.measure(k - 1, old, new, slope)
             target = TargetTerm(old, gluing.direction, gluing.count, self.curvature.at(k - 1))
-            before = [p.grad for p in stage.wstep.parameters] if self.compensation else []
+            before = [p.grad for p in stage.wstep.parameters]
             _, feedback = stage.train(evaluation, target, share=part.share)
             if self.compensation:
                 self._compensate(stage, before, list(evaluation.weights.values()))
+            if self._watched.get(k, ()) is None:
+                self._watched[k] = _alignment(stages, k, part, before)
             report.link(k - 1, age, new - old, part)
         if feedback is not None:
             self._feedback[k - 1, number] = feedback.gluing
             report.feedback(k - 2, LinkReport.of(feedback), part)
         if k == 1:
             del self._parts[number]
+
+    def watch(self, blocks: int) -> None:
+        """Compare the next gradient of every block with today's backprop gradient on the same microbatch."""
+        self._watched = dict.fromkeys(range(1, blocks), None)
+
+    def watched(self) -> list[tuple[float, float]] | None:
+        """Cosine and norm ratio of every block, bottom first, once each after `watch`; None while one is missing.
+
+        The last block is never late: (1, 1). With dropout the masks are not the same ones.
+        """
+        found = [pair for pair in self._watched.values() if pair is not None]
+        if not 0 < len(found) == len(self._watched):
+            return None
+        self._watched = {}
+        return [*found, (1.0, 1.0)]
 
     def _weights(self, k: int, blocks: int, stage: Stage) -> dict[str, Tensor] | None:
         """The weights that a block forwards with, where they are not its present ones as they stand."""
@@ -293,6 +311,31 @@ def _slope_above(stages: Sequence[Stage], labels: Tensor) -> Callable[[Tensor], 
         return torch.autograd.grad(mean * count, leaf)[0]
 
     return slope
+
+
+def _alignment(stages: Sequence[Stage], k: int, part: _Part, before: Sequence[Tensor | None]) -> tuple[float, float]:
+    """Cosine and norm ratio of what was added to block k's gradient to backprop's at the weights of today."""
+    loss = stages[-1].above
+    assert isinstance(loss, OutputLoss)
+    parameters = stages[k - 1].wstep.parameters
+    h = part.inputs
+    with torch.random.fork_rng(devices=[h.device] if h.is_cuda else []), torch.enable_grad():
+        for stage in stages:
+            copies = {name: buffer.clone() for name, buffer in stage.block.named_buffers()}
+            h = functional_call(stage.block, copies, (h.to(stage.device),))
+        mean, _ = loss(h, part.labels.to(h.device))
+    today = torch.autograd.grad(mean * part.share, parameters, allow_unused=True)
+    ours, theirs = [], []
+    for parameter, old, new in zip(parameters, before, today, strict=True):
+        if parameter.grad is None or new is None:
+            continue
+        ours.append((parameter.grad if old is None else parameter.grad - old).double().flatten())
+        theirs.append(new.double().flatten())
+    if not ours:
+        return math.nan, math.nan
+    one, other = torch.cat(ours), torch.cat(theirs)
+    norms = float(one.norm()), float(other.norm())
+    return float(one @ other) / max(norms[0] * norms[1], 1e-300), norms[0] / max(norms[1], 1e-300)
 
 
 class _Report:

@@ -72,7 +72,7 @@ _PIPELINE_ONLY = (
     "compensation",
     "delay_annealing",
 )
-_SYNC_ONLY = ("executor", "recompute", "diagnose_every")
+_SYNC_ONLY = ("executor", "recompute")
 
 _EPOCHS = {"digits": 30, "mnist": 5, "fashion-mnist": 5, "cifar10": 10}
 
@@ -345,6 +345,8 @@ class Settings:
         else:
             if self.schedule != "sync":
                 found |= dict.fromkeys(_SYNC_ONLY, "is of --schedule sync")
+            if self.schedule == "cached":
+                found["diagnose_every"] = "is of --schedule sync or pipelined"
             if self.h_solver != "momentum":
                 found["h_momentum"] = f"is of --h-solver momentum, not of {self.h_solver}"
             if self.h_solver == "gauss-newton":
