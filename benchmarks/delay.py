@@ -174,8 +174,8 @@ def _study(name: str, title: str, rows: tuple[Row, ...], seeds: tuple[int, ...],
 ABOUT = """
 Simulated pipelines in one process, tick by tick. Budget {budget} steps; runs go on to {twice}. Quality is the
 validation loss at the budget, a running median of three evaluations. Q is backprop's mean validation loss at 80 % of
-the budget; "examples to Q" is the count at the first evaluation (every 2 %) whose running median of three is at or below
-Q, over backprop's count; runs end at twice the budget.
+the budget. "Examples to Q" is the count at the first evaluation (every 2 %) whose running median of three is at or
+below Q, over backprop's count.
 """
 
 
