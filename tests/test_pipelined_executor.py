@@ -39,9 +39,10 @@ def trained(executor, K=3, model=None):
     return algo, reports, flat(algo.blocks.model.parameters())
 
 
+@pytest.mark.parametrize("along", [False, True])
 @pytest.mark.parametrize("curvature", [Constant(0), Constant(0.3), Constant([0.1, 2.0]), Secant(2)])
-def test_without_delay_every_feedback_is_the_exact_form(curvature):
-    _, reports, weights = trained(PipelinedExecutor(sequential, curvature=curvature))
+def test_without_delay_every_feedback_is_the_exact_form(curvature, along):
+    _, reports, weights = trained(PipelinedExecutor(sequential, curvature=curvature, along=along))
     _, expected, reference = trained("local")
     assert torch.equal(weights, reference)
     assert [report.loss for report in reports] == [report.loss for report in expected]
@@ -55,7 +56,7 @@ def test_one_block_is_backprop():
     assert torch.equal(weights, reference)
 
 
-def literal(model, K, kappa, steps, lr=0.1):
+def literal(model, K, kappa, steps, lr=0.1, along=False):
     """The lock-step pipeline, batch by batch and block by block, from the definition of its delay."""
     blocks = list(blockprop.split(model, K))
     inputs, outputs, slopes = {}, {}, {}
@@ -68,25 +69,28 @@ def literal(model, K, kappa, steps, lr=0.1):
             if k == K:
                 old = new
             if k < K and 0 <= old < steps:
-                pending.append(learn(blocks, k, old, K, inputs, outputs, slopes, examples, kappa, lr))
+                pending.append(learn(blocks, k, old, K, inputs, outputs, slopes, examples, kappa, lr, along))
             if 0 <= new < steps:
                 h = examples[new][0] if k == 1 else outputs[k - 1, new]
                 inputs[k, new] = h
                 with torch.no_grad():
                     outputs[k, new] = blocks[k - 1](h)
                 if k == K:
-                    pending.append(learn(blocks, k, new, K, inputs, outputs, slopes, examples, kappa, lr))
+                    pending.append(learn(blocks, k, new, K, inputs, outputs, slopes, examples, kappa, lr, along))
         for key, slope in pending:
             slopes[key] = slope
 
 
-def learn(blocks, k, number, K, inputs, outputs, slopes, examples, kappa, lr):
+def learn(blocks, k, number, K, inputs, outputs, slopes, examples, kappa, lr, along):
     h = inputs[k, number].detach().requires_grad_()
     out = blocks[k - 1](h)
     if k == K:
         start, slope = CE(out, examples[number][1]), None
     else:
         moved = (out - outputs[k, number]).detach()
+        if along:
+            unit = slopes[k, number] / slopes[k, number].norm(dim=1, keepdim=True)
+            moved = unit * (unit * moved).sum(1, keepdim=True)
         start, slope = out, slopes[k, number] + kappa / len(out) * moved
     parameters = list(blocks[k - 1].parameters())
     down, *gradients = torch.autograd.grad(start, [h, *parameters], slope)
@@ -96,14 +100,14 @@ def learn(blocks, k, number, K, inputs, outputs, slopes, examples, kappa, lr):
     return (k - 1, number), down
 
 
-@pytest.mark.parametrize("kappa", [0.0, 0.7])
+@pytest.mark.parametrize(("kappa", "along"), [(0.0, False), (0.7, False), (0.7, True)])
 @pytest.mark.parametrize("K", [2, 4])
-def test_lock_step_is_the_literal_simulation(K, kappa):
+def test_lock_step_is_the_literal_simulation(K, kappa, along):
     torch.manual_seed(1)
     ours, theirs = mlp(depth=4), mlp(depth=4)
     theirs.load_state_dict(ours.state_dict())
-    literal(theirs, K, kappa, 12)
-    _, _, weights = trained(PipelinedExecutor(curvature=Constant(kappa)), K, ours)
+    literal(theirs, K, kappa, 12, along=along)
+    _, _, weights = trained(PipelinedExecutor(curvature=Constant(kappa), along=along), K, ours)
     torch.testing.assert_close(weights, flat(theirs.parameters()), rtol=1e-9, atol=1e-12)
 
 

@@ -102,6 +102,7 @@ class TargetTerm:
         along: let κ act on the part of d along each example's g alone, default False. The loss above is curved along
             its own slope far more than in other directions, and the target is then a plane: reached ‖g‖/κ down
             the slope, wherever else the output has gone.
+        across: the curvature in all directions across the slope, if `along`; default 0.
     """
 
     old: Tensor
@@ -109,14 +110,19 @@ class TargetTerm:
     count: float
     curvature: float | Tensor
     along: bool = False
+    across: float = 0.0
 
     def _slope(self, moved: Tensor) -> Tensor:
         curvature = self.curvature
+        slope = self.slope
         if self.along:
-            moved = projected(moved, self.slope)
+            part = projected(moved, slope)
+            if self.across:
+                slope = torch.add(slope, moved - part, alpha=self.across / self.count)
+            moved = part
         if isinstance(curvature, Tensor):
-            return self.slope + curvature.view(-1, *[1] * (moved.ndim - 1)) / self.count * moved
-        return torch.add(self.slope, moved, alpha=curvature / self.count) if curvature else self.slope
+            return slope + curvature.view(-1, *[1] * (moved.ndim - 1)) / self.count * moved
+        return torch.add(slope, moved, alpha=curvature / self.count) if curvature else slope
 
     def mean(self, output: Tensor) -> tuple[Tensor, float]:
         """The term divided by the number of predictions, and that number."""

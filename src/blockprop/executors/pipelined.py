@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from blockprop.curvature import Curvature, Secant
+from blockprop.curvature import Constant, Curvature, Secant
 from blockprop.evaluation import Evaluation
 from blockprop.executors.executor import LinkReport, StepReport, check_finite
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
-from blockprop.objective import TargetTerm
+from blockprop.objective import TargetTerm, projected
 from blockprop.schedules import Action, Latency, Tick, pipelined
 from blockprop.stage import Stage
 
@@ -44,6 +44,8 @@ class PipelinedExecutor:
         microbatches: M, into how many parts a batch is cut; default 1.
         latency: of the messages.
         curvature: κ of the targets; default [`Secant`][blockprop.curvature.Secant], measured while training.
+        along: let κ act along each example's own slope alone (`TargetTerm`); default False.
+        across: the curvature across the slopes, if `along`; default none, 0.
         reuse: take the gradient on the graph of the forward pass and at the weights that it had (weight stashing), for
             three passes instead of four. Nothing has moved there, so that the feedback is the delayed gradient.
         prediction: at which weights a block forwards: its present ones moved on by so many of the updates that it will
@@ -65,6 +67,8 @@ class PipelinedExecutor:
         microbatches: int = 1,
         latency: Latency = Latency(),  # noqa: B008
         curvature: Curvature | None = None,
+        along: bool = False,
+        across: Curvature | None = None,
         reuse: bool = False,
         prediction: float = 0.0,
         compensation: float = 0.0,
@@ -77,12 +81,15 @@ class PipelinedExecutor:
             raise ValueError("compensation corrects gradients at stashed weights; expected reuse=True with it")
         if prediction and reuse:
             raise ValueError("reuse keeps the weights of the forward pass; expected no prediction with it")
-        self.reuse, self.prediction, self.compensation = reuse, prediction, compensation
+        self.along, self.reuse, self.prediction, self.compensation = along, reuse, prediction, compensation
         self._velocity: dict[int, list[Tensor]] = {}  # running mean of each block's updates
         self._watched: dict[int, tuple[float, float] | None] = {}
         self.microbatches = microbatches
         self.schedule = schedule or (lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency))
+        if across is not None and not along:
+            raise ValueError("a curvature across the slopes is given; expected along=True with it")
         self.curvature: Curvature = curvature or Secant()
+        self.across: Curvature = across or Constant(0.0)
         self._ticks: Iterator[Tick] | None = None
         self._next: Tick = ()
         self.tick = 0
@@ -193,9 +200,12 @@ class PipelinedExecutor:
                 evaluation.at_present_weights()
             new = evaluation.with_graph().output.detach()
             if self.curvature.wants(k - 1, len(stages) - 1, self.tick):
+                way = projected(new - old, gluing.direction) if self.along else new - old
                 slope = _slope_above(stages[k:], part.labels)
-                self.curvature.measure(k - 1, old, new, slope)
-            target = TargetTerm(old, gluing.direction, gluing.count, self.curvature.at(k - 1))
+                self.curvature.measure(k - 1, old, old + way, slope)
+                self.across.measure(k - 1, old, new - way, slope)
+            kappa, across = self.curvature.at(k - 1), self.across.at(k - 1)
+            target = TargetTerm(old, gluing.direction, gluing.count, kappa, self.along, across)
             before = [p.grad for p in stage.wstep.parameters]
             _, feedback = stage.train(evaluation, target, share=part.share)
             if self.compensation:
@@ -267,6 +277,7 @@ class PipelinedExecutor:
             "learnt": sorted(self._learnt),
             "velocity": dict(self._velocity),
             "curvature": self.curvature.state_dict(),
+            "across": self.across.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
@@ -288,6 +299,7 @@ class PipelinedExecutor:
         self._learnt = set(state["learnt"])
         self._velocity = state["velocity"]
         self.curvature.load_state_dict(state["curvature"])
+        self.across.load_state_dict(state["across"])
         self._ticks = None
 
 

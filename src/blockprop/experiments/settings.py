@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from blockprop.cache import GluingCache
-from blockprop.curvature import Constant
+from blockprop.curvature import Constant, Secant
 from blockprop.data import NAMES
 from blockprop.executors import CachedExecutor, Executor, PipelinedExecutor, ReplayedExecutor
 from blockprop.experiments.optimizers import OptimizerName, optimizer_named
@@ -65,6 +65,7 @@ BLOCKPROP_ONLY = (
 _CACHE_ONLY = ("cache", "cache_dtype", "cache_limit", "refresh", "replay")
 _PIPELINE_ONLY = (
     "feedback",
+    "directions",
     "microbatches",
     "latency",
     "lost",
@@ -175,6 +176,14 @@ class Settings:
         float | Literal["auto"],
         _option(_SCHEDULE, "κ of the targets, a number, or auto: measured while training."),
     ] = "auto"
+    directions: Annotated[
+        Literal["all", "along", "both"],
+        _option(
+            _SCHEDULE,
+            "Where κ acts: in all directions alike; along each example's own slope alone, as with --schedule cached; or "
+            "along and across it, measured apart.",
+        ),
+    ] = "all"
     cache: Annotated[
         str,
         _option(
@@ -337,7 +346,7 @@ class Settings:
         if schedule == "sync":
             found["curvature"] = "is of --schedule cached or pipelined"
         elif self.feedback != "target":
-            found["curvature"] = "is of --feedback target"
+            found["curvature"] = found["directions"] = "is of --feedback target"
         elif self.replay:
             found["curvature"] = "has no place in the published form: leave out --replay, or this"
         if self.algorithm == "backprop":
@@ -407,6 +416,8 @@ class Settings:
             microbatches=parts,
             latency=Latency(self.latency, self.lost, self.seed),
             curvature=curvature,
+            along=self.directions != "all",
+            across=Secant() if self.directions == "both" else None,
             reuse=self.feedback == "stashed",
             prediction=self.prediction,
             compensation=self.compensation,
