@@ -180,7 +180,7 @@ class Settings:
         Literal["all", "along", "both"],
         _option(
             _SCHEDULE,
-            "Where κ acts: in all directions alike; along each example's own slope alone, as with --schedule cached; or "
+            "Where κ acts: in all directions alike; along each example's own slope alone, as if cached; or "
             "along and across it, measured apart.",
         ),
     ] = "all"
