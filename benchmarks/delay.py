@@ -83,6 +83,7 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
     pipelined = {"algorithm": "blockprop", "schedule": "pipelined", "microbatches": 1, "warmup": 0}
     gradient = pipelined | {"feedback": "gradient"}
     stashed = pipelined | {"feedback": "stashed"}
+    alike = pipelined | {"directions": "all"}
     warm = {"warmup": None}
     quarter = task.budget // 4
     found = {
@@ -92,10 +93,13 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
         "delayed gradient, warm-up": gradient | warm,
         "delayed gradient, stashed weights": stashed,
         "delayed gradient, stashed weights, warm-up": stashed | warm,
-        "targets, κ = 0.1": pipelined | {"curvature": 0.1},
-        "targets, κ measured": pipelined,
-        "targets, κ measured, warm-up": pipelined | warm,
+        "targets, κ = 0.1": alike | {"curvature": 0.1},
+        "targets, κ measured": alike,
+        "targets, κ measured, warm-up": alike | warm,
+        "targets, κ measured along and across": pipelined,
+        "targets, κ measured along and across, warm-up": pipelined | warm,
         "delayed gradient, microbatches, warm-up": gradient | warm | {"microbatches": None},
+        "targets in all directions, microbatches, warm-up": alike | warm | {"microbatches": None},
         DEFAULT: pipelined | warm | {"microbatches": None},
         "PipeMare: annealing and prediction": gradient | {"delay_annealing": quarter, "prediction": 1.0},
         "SpecTrain: weight prediction": gradient | {"prediction": 1.0},

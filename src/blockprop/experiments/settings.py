@@ -183,7 +183,7 @@ class Settings:
             "Where κ acts: in all directions alike; along each example's own slope alone, as if cached; or "
             "along and across it, measured apart.",
         ),
-    ] = "all"
+    ] = "both"
     cache: Annotated[
         str,
         _option(
