@@ -101,7 +101,7 @@ def test_an_unfinished_row_is_not_judged():
     assert "No row of the exact form is finished" in told
 
 
-def test_a_figure_from_the_command_line(tmp_path, monkeypatch):
+def test_a_figure_from_the_command_line(tmp_path, monkeypatch, capsys):
     tiny = {"data": "digits", "steps": 4, "evaluate_every": 2, "log_every": 2, "width": 8}
     wanted = ("backprop", "exact", "published, N_h = 1", "matched, N_h = 1")
     wanted += tuple(f"{kind}, as above" for kind in ("backprop", "published", "matched"))
@@ -118,4 +118,11 @@ def test_a_figure_from_the_command_line(tmp_path, monkeypatch):
         assert json.loads(path.read_text())["seed"] == 3
     (tmp_path / "f/figure-2.png").unlink()
     assert main([*command, "--redraw"]) == 0
+    monkeypatch.setattr("blockprop.cli.figure3", lambda *, seeds, **_: replace(whole, name="figure-3", seeds=seeds))
+    assert main(["figure", "3", *command[2:]]) == 2
+    assert "holds another study" in capsys.readouterr().err
+    wider = tuple(replace(row, settings=replace(row.settings, width=9)) for row in rows)
+    monkeypatch.setattr("blockprop.cli.figure2", lambda *, seeds, **_: replace(whole, rows=wider, seeds=seeds))
+    assert main([*command, "--redraw"]) == 2
+    assert "other settings" in capsys.readouterr().err
     assert (tmp_path / "f/figure-2.png").exists()

@@ -2,25 +2,26 @@
 
 import statistics
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from blockprop.metrics import read_metrics
 from blockprop.studies.study import Outcome
 
-__all__ = ["band", "curves", "figure_of", "save", "tidy"]
+__all__ = ["band", "curves", "figure_of", "require_matplotlib", "save", "tidy"]
+
+
+def require_matplotlib() -> None:
+    """Raise ValueError if matplotlib, which is optional, is not installed."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("figures need matplotlib: pip install 'blockprop[all]'")
 
 
 def figure_of(title: str, rows: int, columns: int, *, width: float = 4.6, height: float = 3.7) -> tuple[Any, list[Any]]:
-    """A figure with a title and its axes, row by row; sizes of a panel in inches.
+    """A figure with a title and its axes, row by row; sizes of a panel in inches."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - optional
 
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - optional
-    except ImportError as error:
-        raise ValueError("figures need matplotlib: pip install 'blockprop[all]'") from error
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     figure.suptitle(title, fontsize=12)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from blockprop.studies.drawing import require_matplotlib
 from blockprop.studies.publish import publish, write_tables
 from blockprop.studies.study import Study, run_study
 
@@ -28,7 +29,11 @@ class StudyOptions:
     quiet: Annotated[bool, Parameter(help="Show no progress.", negative=())] = False
 
     def perform(self, study: Study, command: str) -> None:
-        """Make the runs that are missing, and write tables, figure and README."""
+        """Make the runs that are missing, and write tables, figure and README.
+
+        Raises:
+            ValueError: matplotlib is not installed, the folder holds something else or, for a redrawing, nothing.
+        """
         out = self.out or Path("studies") / (study.name + ("-quick" if self.quick else ""))
         command += "".join(
             text
@@ -41,6 +46,10 @@ class StudyOptions:
             )
             if given
         )
+        require_matplotlib()
+        study.check(out)
+        if self.redraw and not (out / "runs").is_dir():
+            raise ValueError(f"{out} holds no runs to draw; expected the --out of this study")
         if not self.redraw:
             run_study(
                 study, out, jobs=self.jobs, quiet=self.quiet, on_row=lambda _row: write_tables(study, out, command)

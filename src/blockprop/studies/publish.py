@@ -30,8 +30,6 @@ def publish(study: Study, out: Path, command: str) -> None:
         out: its folder.
         command: what was typed, for the README.
 
-    Raises:
-        ValueError: matplotlib is not installed.
     """
     save(study.draw(study, study.outcomes(out)), out / study.name)
     write_tables(study, out, command)

@@ -119,6 +119,16 @@ class Study:
             for row in self.rows
         }
 
+    def check(self, out: Path) -> None:
+        """Raise ValueError if the folder holds another study, or runs of this one with other settings."""
+        other = next((path for path in out.glob("*-rows.csv") if path.name != f"{self.name}-rows.csv"), None)
+        if other is not None:
+            raise ValueError(f"{out} holds another study, {other.name}; name another --out")
+        for row, folder in self.folders(out).items():
+            for lr in row.lrs or (None,):
+                for seed in (*self.seeds_of(row), TUNING_SEED):
+                    Planned(row.name, _with(row, seed, lr), _place(folder, seed, lr)).check()
+
     def outcomes(self, out: Path) -> list[Outcome]:
         """What came of every row so far, from the folders alone."""
         return [_outcome(row, folder, self.seeds_of(row)) for row, folder in self.folders(out).items()]
