@@ -412,12 +412,13 @@ class Settings:
             return CachedExecutor(cache, refresh=self.refresh, curvature=curvature)
         parts = self._microbatches()
         assert parts is not None
+        apart = curvature is None and self.directions == "both"  # a κ that is given is for all directions
         return PipelinedExecutor(
             microbatches=parts,
             latency=Latency(self.latency, self.lost, self.seed),
             curvature=curvature,
-            along=self.directions != "all",
-            across=Secant() if self.directions == "both" else None,
+            along=apart or self.directions == "along",
+            across=Secant() if apart else None,
             reuse=self.feedback == "stashed",
             prediction=self.prediction,
             compensation=self.compensation,
