@@ -32,6 +32,7 @@ class Task:
         settings: of backprop, with `steps` the budget: runs go on to twice that.
         lrs: step sizes to choose from, the same for all methods.
         nesterov: the optimizer with Nesterov's correction that stands beside the task's own; empty for none.
+        brief: few methods and few evaluations.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Task:
     settings: Settings
     lrs: tuple[float, ...]
     nesterov: dict[str, Any]
+    brief: bool = False
 
     @property
     def budget(self) -> int:
@@ -71,7 +73,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
     if quick:
         steps = {"mlp": 200, "gpt": 25}
         found = [
-            replace(one, settings=replace(one.settings, steps=steps[one.name], lr=one.lrs[1]), lrs=())
+            replace(one, settings=replace(one.settings, steps=steps[one.name], lr=one.lrs[1]), lrs=(), brief=True)
             for one in found
             if one.name in steps
         ]
@@ -108,6 +110,9 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
     if task.nesterov:
         found["Nesterov, delayed gradient, stashed weights"] = stashed | task.nesterov
         found["Nesterov, targets, microbatches, warm-up"] = found[DEFAULT] | task.nesterov
+    if task.brief:
+        few = (BACKPROP, DELAYED, "delayed gradient, warm-up", "targets, κ measured along and across, warm-up", DEFAULT)
+        return {method: found[method] for method in few}
     return found
 
 
@@ -116,7 +121,7 @@ def row(task: Task, method: str, blocks: int, lrs: tuple[float, ...] = (), lr: f
     settings = replace(
         task.settings,
         steps=2 * task.budget,
-        evaluate_every=max(1, task.budget // 50),
+        evaluate_every=max(1, task.budget // (10 if task.brief else 50)),
         log_every=max(1, task.budget // 50),
         blocks=blocks,
         lr=task.settings.lr if lr is None else lr,
