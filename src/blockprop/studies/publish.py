@@ -29,7 +29,6 @@ def publish(study: Study, out: Path, command: str) -> None:
         study: a study whose runs are in the folder, all or some of them.
         out: its folder.
         command: what was typed, for the README.
-
     """
     save(study.draw(study, study.outcomes(out)), out / study.name)
     write_tables(study, out, command)

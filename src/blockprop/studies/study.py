@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from blockprop.data import NAMES
@@ -69,6 +70,16 @@ class Outcome:
     def diverged(self) -> int:
         """How many runs diverged."""
         return sum(bool(summary.get("diverged")) for summary in self.summaries.values())
+
+    def above(self, other: "Outcome", key: str) -> float | None:
+        """By how much a figure is above the other's, mean over the seeds that both have; None if there is none."""
+        pairs = [
+            (self.summaries[seed].get(key), other.summaries[seed].get(key))
+            for seed in self.summaries
+            if seed in other.summaries
+        ]
+        gaps = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+        return fmean(gaps) if gaps else None
 
     def values(self, key: str) -> list[float]:
         """A figure of the summaries, of the runs that have it."""
