@@ -33,7 +33,7 @@ class Score:
     accuracy: float | None
 
 
-def score(algo: BlockProp | Backprop, split: Split, batch_size: int = 512) -> Score:
+def score(algo: BlockProp | Backprop, split: Split, batch_size: int = 128) -> Score:
     """Loss and accuracy on a part of a dataset, in evaluation mode and without augmentation.
 
     Raises:
