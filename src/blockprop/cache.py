@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Entries", "GluingCache"]
+__all__ = ["Entries", "GluingCache", "Visits"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64)
 _AGE_BYTES = 12  # per entry: its visits in int32, the step when it was written in int64
@@ -232,6 +232,36 @@ class GluingCache:
 
     def _free(self) -> int:
         return _free_memory() if self.path is None else shutil.disk_usage(self.path).free
+
+
+class Visits:
+    """Which batches have feedback, where it comes on every E-th visit of an example only.
+
+    It follows from the examples' numbers alone, so that every process of a pipeline knows it without being told.
+
+    Args:
+        examples: how many there are.
+        refresh: E ≥ 1.
+
+    Raises:
+        ValueError: E is no whole number of at least 1.
+
+    >>> visits = Visits(4, refresh=2)
+    >>> [visits.due(torch.tensor(ids)) for ids in ([0, 1], [2, 3], [0, 1], [1, 2])]
+    [True, True, False, True]
+    """
+
+    def __init__(self, examples: int, refresh: int) -> None:
+        if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+            raise ValueError(f"refresh is {refresh}; expected a whole number of visits, at least 1")
+        self.refresh = refresh
+        self.counts = torch.zeros(examples, dtype=torch.int32)
+
+    def due(self, ids: Tensor) -> bool:
+        """Count a visit of these examples; whether one of them is at its first, or at an E-th after it."""
+        due = bool((self.counts[ids] % self.refresh == 0).any())
+        self.counts[ids] += 1
+        return due
 
 
 class _Table:

@@ -5,7 +5,7 @@ output for this batch by d = b_now(h) - b_old(h). The target h* = b_old(h) - g/Î
 which is today's gradient, to first order, if Îº is the curvature of what lies above along d.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 __all__ = ["Constant", "Curvature", "Secant"]
-
-Slope = Callable[[Tensor], Tensor]
-"""From an output of the block, shape [N, ...], to today's gradient of the batch's summed loss in it."""
 
 
 class Curvature(Protocol):
@@ -29,8 +26,14 @@ class Curvature(Protocol):
         """Whether a measurement at that link would be of use now; each costs two passes through all that is above."""
         ...
 
-    def measure(self, link: int, old: Tensor, moved: Tensor, slope: Slope) -> None:
-        """Learn from a block's output now and as it was, both of shape [N, ...]."""
+    def measure(self, link: int, way: Tensor, change: Tensor) -> None:
+        """Learn from how far a block's output moved, and by how much the slope of the batch's summed loss changed.
+
+        Args:
+            link: from 0 at the bottom.
+            way: d, shape [N, ...].
+            change: today's slope after the way minus today's slope before it, shape [N, ...].
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,7 +71,7 @@ class Constant:
         """Never."""
         return False
 
-    def measure(self, link: int, old: Tensor, moved: Tensor, slope: Slope) -> None:
+    def measure(self, link: int, way: Tensor, change: Tensor) -> None:
         """Nothing to learn."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,13 +114,12 @@ class Secant:
         """At every n-th tick, of one link."""
         return tick % self.every == 0 and tick // self.every % links == link
 
-    def measure(self, link: int, old: Tensor, moved: Tensor, slope: Slope) -> None:
-        """Take the secant of the loss above between the two outputs; a block that has not moved tells nothing."""
-        way = moved - old
+    def measure(self, link: int, way: Tensor, change: Tensor) -> None:
+        """Take the secant of the loss above along the way; a block that has not moved tells nothing."""
         square = float(torch.sum(way * way))
         if square == 0:
             return
-        found = max(0.0, float(torch.sum((slope(moved) - slope(old)) * way)) / square)
+        found = max(0.0, float(torch.sum(change * way)) / square)
         before = self.values.get(link)
         self.values[link] = found if before is None else self.memory * before + (1 - self.memory) * found
 

@@ -12,7 +12,7 @@ the blocks are objects in one process or processes of their own.
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -87,10 +87,11 @@ class Latency:
     """How long messages take, in ticks beyond the one that every message takes, and how many are lost.
 
     Args:
-        longest: L ≥ 0, default 0; the extra delay of every message is drawn evenly from 0, ..., L.
+        longest: L ≥ 0, default 0; the extra delay of every message is drawn evenly from `shortest`, ..., L.
         lost: share of the feedback messages that never arrive, in [0, 1), default 0. The blocks below the loss
             do not learn from that batch.
         seed: of both draws, default 0.
+        shortest: at least so many ticks, default 0; L if it is more.
 
     Raises:
         ValueError: a value out of its range.
@@ -99,15 +100,29 @@ class Latency:
     longest: int = 0
     lost: float = 0.0
     seed: int = 0
+    shortest: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.longest, bool) or not isinstance(self.longest, int) or self.longest < 0:
-            raise ValueError(f"longest delay is {self.longest}; expected a whole number of ticks, at least 0")
+        for name in ("longest", "shortest"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} delay is {value}; expected a whole number of ticks, at least 0")
         if not 0 <= self.lost < 1:
             raise ValueError(f"share of lost messages is {self.lost}; expected a number in [0, 1)")
 
+    def draw(self, draw_from: random.Random) -> int:
+        """The extra delay of a message, in ticks."""
+        longest = max(self.shortest, self.longest)
+        return draw_from.randint(self.shortest, longest) if longest > self.shortest else self.shortest
 
-def pipelined(blocks: int, *, microbatches: int = 1, latency: Latency = Latency()) -> Iterator[Tick]:
+
+def _none(number: int) -> bool:  # noqa: ARG001
+    return False
+
+
+def pipelined(
+    blocks: int, *, microbatches: int = 1, latency: Latency = Latency(), quiet: Callable[[int], bool] = _none
+) -> Iterator[Tick]:
     """All blocks busy in every tick: each forwards one microbatch, and updates on the feedback of an older one.
 
     In a tick a block first takes its feedback, then updates, then forwards with the new weights; of several
@@ -118,6 +133,8 @@ def pipelined(blocks: int, *, microbatches: int = 1, latency: Latency = Latency(
         blocks: K.
         microbatches: M, into how many parts a batch is cut; default 1.
         latency: of the messages; default: one tick each, none lost.
+        quiet: whether a microbatch has no feedback: every block learns from it as soon as it has forwarded it, from
+            what is cached. Asked in the tick in which the first block forwards it, and later. Default: none is.
 
     Raises:
         ValueError: K or M below 1.
@@ -138,7 +155,7 @@ def pipelined(blocks: int, *, microbatches: int = 1, latency: Latency = Latency(
     learnt = [0] * (blocks + 1)
 
     def arrival(now: int) -> int:
-        return now + 1 + (draw_from.randint(0, latency.longest) if latency.longest else 0)
+        return now + 1 + latency.draw(draw_from)
 
     def oldest(inbox: dict[int, int], now: int) -> int | None:
         arrived = [batch for batch, when in inbox.items() if when <= now]
@@ -156,9 +173,11 @@ def pipelined(blocks: int, *, microbatches: int = 1, latency: Latency = Latency(
             learnt[k] += 1
             if learnt[k] % microbatches == 0:
                 actions.append(Action(k, "update", batch))
-            if k > 1 and latency.lost and draw_from.random() < latency.lost:
+            if k == 1 or quiet(batch):
+                return
+            if latency.lost and draw_from.random() < latency.lost:
                 actions.extend(Action(j, "drop", batch) for j in range(k - 1, 0, -1))
-            elif k > 1:
+            else:
                 feedback[k - 1][batch] = arrival(now)
 
         for k in range(1, blocks + 1):
@@ -168,7 +187,7 @@ def pipelined(blocks: int, *, microbatches: int = 1, latency: Latency = Latency(
                 actions.append(Action(k, "forward", batch))
                 if k < blocks:
                     outputs[k + 1][batch] = arrival(now)
-                else:
+                if k == blocks or quiet(batch):
                     learn(k, batch)
         yield tuple(actions)
 

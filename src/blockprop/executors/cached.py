@@ -160,10 +160,8 @@ class CachedExecutor(Synchronous):
         return links[::-1]
 
     def _measure(self, link: int, then: Entries, now: Entries) -> None:
-        old = then.anchor
-        new = old + self._way(then, now.anchor)
         # both slopes are known: nothing is evaluated
-        self.curvature.measure(link, old, new, lambda output: now.direction if output is new else then.direction)
+        self.curvature.measure(link, self._way(then, now.anchor), now.direction - then.direction)
 
     def _reuse(
         self,

@@ -1,39 +1,164 @@
-"""Carries out a schedule tick by tick in this thread: what a pipeline of devices would compute, exactly.
+"""Carries out a schedule tick by tick: what a pipeline of devices computes, exactly.
 
-What a block has on its way is its evaluation of each batch whose feedback has not come back. When it comes, the
-block evaluates the same batch again at its present weights, with the same dropout masks, and takes its gradient
-there, against the target that the feedback makes of the output it had sent (`TargetTerm`).
+The blocks that live here do what the schedule has for them. Where a message goes, and where it is waited for, is the
+business of the `Mail`: within this thread, for a simulation with all blocks here, or to the processes of the
+neighbours (`blockprop.runtime`). The numbers are the same.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from blockprop.curvature import Constant, Curvature, Secant
-from blockprop.evaluation import Evaluation
+from blockprop.cache import GluingCache, Visits
 from blockprop.executors.executor import LinkReport, StepReport, check_finite
 from blockprop.gluing import Gluing
+from blockprop.latestage import Correction, LateStage, Learnt, Points
 from blockprop.losses import OutputLoss
-from blockprop.objective import TargetTerm, projected
 from blockprop.schedules import Action, Latency, Tick, pipelined
 from blockprop.stage import Stage
 
-__all__ = ["PipelinedExecutor"]
+__all__ = ["LocalMail", "Mail", "PipelinedExecutor", "Remote", "check_form"]
 
 
 @dataclass
 class _Part:
-    """A microbatch: its labels, its share of its batch, and the number of its examples."""
+    """A microbatch: inputs, labels and ids, each as far as a block that lives here needs it; its share of its batch."""
 
-    inputs: Tensor
-    labels: Tensor
+    inputs: Tensor | None
+    labels: Tensor | None
+    ids: Tensor | None
+    examples: int
     share: float
+
+
+class Mail(Protocol):
+    """Messages between neighbours. Block k takes what was sent to it; what is not there yet is waited for."""
+
+    def lives_here(self, k: int) -> bool:
+        """Whether block k is in this process."""
+        ...
+
+    def send_output(self, k: int, number: int, output: Tensor) -> None:
+        """To block k, from the one below: its input for a microbatch."""
+        ...
+
+    def take_output(self, k: int, number: int) -> Tensor:
+        """What `send_output` sent to block k."""
+        ...
+
+    def send_feedback(self, k: int, number: int, gluing: Gluing) -> None:
+        """To block k, from the one above."""
+        ...
+
+    def take_feedback(self, k: int, number: int) -> Gluing:
+        """What `send_feedback` sent to block k."""
+        ...
+
+    def ask(self, k: int, points: Points, labels: Tensor | None) -> Points:
+        """Slopes at outputs of block k, from the blocks above it; `labels` where the last block lives here."""
+        ...
+
+    def serve(self, asking: int, labels: Tensor | None) -> None:
+        """Do a part in answering block `asking`, where the blocks above it live here and it does not."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has arrived and is not yet taken."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        ...
+
+
+class Remote(Protocol):
+    """The other processes of a run, seen from one that holds a part of the blocks."""
+
+    def mail(self, lates: Sequence[LateStage]) -> Mail:
+        """The mail of the blocks here."""
+        ...
+
+    def predict(self, blocks: Sequence[nn.Module], inputs: Tensor | None) -> Tensor | None:
+        """The network's outputs in the process of the last block, None in the others; all call it alike.
+
+        Args:
+            blocks: all; those that live elsewhere are not touched.
+            inputs: x, shape [N, ...], in the process of the first block.
+        """
+        ...
+
+    def share(self, value: Any) -> Any:
+        """What the process of the last block gives, in all; JSON-ready."""
+        ...
+
+    def close(self) -> None:
+        """Part from the others."""
+        ...
+
+
+class LocalMail:
+    """All blocks live here, and messages stay in this thread.
+
+    Args:
+        lates: the stages, bottom first.
+    """
+
+    def __init__(self, lates: Sequence[LateStage]) -> None:
+        self._lates = lates
+        self._outputs: dict[tuple[int, int], Tensor] = {}
+        self._feedback: dict[tuple[int, int], Gluing] = {}
+
+    def lives_here(self, k: int) -> bool:  # noqa: ARG002
+        """Always."""
+        return True
+
+    def send_output(self, k: int, number: int, output: Tensor) -> None:
+        """Keep it."""
+        self._outputs[k, number] = output
+
+    def take_output(self, k: int, number: int) -> Tensor:
+        """Give it."""
+        return self._outputs.pop((k, number))
+
+    def send_feedback(self, k: int, number: int, gluing: Gluing) -> None:
+        """Keep it."""
+        self._feedback[k, number] = gluing
+
+    def take_feedback(self, k: int, number: int) -> Gluing:
+        """Give it."""
+        return self._feedback.pop((k, number))
+
+    def ask(self, k: int, points: Points, labels: Tensor | None) -> Points:
+        """Up through the blocks above, and down again."""
+        assert labels is not None
+        above, carried = self._lates[k:], [points]
+        for late in above[:-1]:
+            carried.append(late.carried(carried[-1]))
+        slopes = above[-1].slopes(carried.pop(), labels)
+        for late in reversed(above[:-1]):
+            slopes = late.pulled(carried.pop(), slopes)
+        return slopes
+
+    def serve(self, asking: int, labels: Tensor | None) -> None:
+        """Nothing to do: who asks does all."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Outputs and feedback on their way."""
+        return {
+            "outputs": [[k, number, value] for (k, number), value in self._outputs.items()],
+            "feedback": [[k, n, g.anchor, g.direction, g.count, g.scale] for (k, n), g in self._feedback.items()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put them on their way again."""
+        self._outputs = {(k, number): value for k, number, value in state["outputs"]}
+        self._feedback = {(k, number): Gluing(*gluing) for k, number, *gluing in state["feedback"]}
 
 
 class PipelinedExecutor:
@@ -43,15 +168,12 @@ class PipelinedExecutor:
         schedule: from K to the ticks. Default: [`pipelined`][blockprop.schedules.pipelined] with the two below.
         microbatches: M, into how many parts a batch is cut; default 1.
         latency: of the messages.
-        curvature: κ of the targets; default [`Secant`][blockprop.curvature.Secant], measured while training.
-        along: let κ act along each example's own slope alone (`TargetTerm`); default False.
-        across: the curvature across the slopes, if `along`; default none, 0.
-        reuse: take the gradient on the graph of the forward pass and at the weights that it had (weight stashing), for
-            three passes instead of four. Nothing has moved there, so that the feedback is the delayed gradient.
-        prediction: at which weights a block forwards: its present ones moved on by so many of the updates that it will
-            make until the feedback is back, along the running mean of its updates; default 0, between 0 and 1.
-        compensation: λ of DC-ASGD (Zheng et al. 2017), which adds λ g² (w_now - w_forward) to the stashed gradient g,
-            entry by entry; default 0. Needs `reuse`.
+        correction: what is made of late feedback; see [`Correction`][blockprop.latestage.Correction].
+        cache: makes a cache for one link, of as many examples as there are in the training set: feedback then comes on
+            every `refresh`-th visit of a batch's examples only, and between them each block learns from the last one
+            of each example. Default None.
+        refresh: E ≥ 1, default 2; of the cache.
+        remote: the other processes, where the blocks do not all live here; default None.
 
     Raises:
         ValueError: a setting out of its range.
@@ -66,158 +188,204 @@ class PipelinedExecutor:
         *,
         microbatches: int = 1,
         latency: Latency = Latency(),  # noqa: B008
-        curvature: Curvature | None = None,
-        along: bool = False,
-        across: Curvature | None = None,
-        reuse: bool = False,
-        prediction: float = 0.0,
-        compensation: float = 0.0,
+        correction: Correction | None = None,
+        cache: Callable[[], GluingCache] | None = None,
+        refresh: int = 2,
+        remote: "Remote | None" = None,
+        **corrections: Any,
     ) -> None:
-        if not 0 <= prediction < math.inf:
-            raise ValueError(f"prediction is {prediction}; expected a finite number of at least 0")
-        if not 0 <= compensation < math.inf:
-            raise ValueError(f"compensation is {compensation}; expected a finite number of at least 0")
-        if compensation and not reuse:
-            raise ValueError("compensation corrects gradients at stashed weights; expected reuse=True with it")
-        if prediction and reuse:
-            raise ValueError("reuse keeps the weights of the forward pass; expected no prediction with it")
-        self.along, self.reuse, self.prediction, self.compensation = along, reuse, prediction, compensation
-        self._velocity: dict[int, list[Tensor]] = {}  # running mean of each block's updates
-        self._watched: dict[int, tuple[float, float] | None] = {}
+        if correction is not None and corrections:
+            raise ValueError(f"correction and {min(corrections)} are both given; expected one of the two")
+        if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+            raise ValueError(f"microbatches is {microbatches}; expected a whole number of at least 1")
+        if schedule is not None and cache is not None:
+            raise ValueError("a cache decides which batches have feedback; expected no schedule with it")
+        self.correction = correction or Correction(**corrections)
         self.microbatches = microbatches
-        self.schedule = schedule or (lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency))
-        if across is not None and not along:
-            raise ValueError("a curvature across the slopes is given; expected along=True with it")
-        self.curvature: Curvature = curvature or Secant()
-        self.across: Curvature = across or Constant(0.0)
+        self.schedule = schedule or (
+            lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency, quiet=self._quiet)
+        )
+        self.cache = cache
+        self._visits = None if cache is None else Visits(cache().examples, refresh)
+        self.remote = remote
+        self._mail: Mail | None = None
+        self._lates: list[LateStage] = []
         self._ticks: Iterator[Tick] | None = None
         self._next: Tick = ()
+        self._without: list[bool] = []  # by batch: whether it has no feedback
+        self._watched: dict[int, tuple[float, float] | None] = {}
         self.tick = 0
         self._fed = 0
         self._parts: dict[int, _Part] = {}
-        self._outputs: dict[tuple[int, int], Tensor] = {}  # on their way up, by receiver
-        self._feedback: dict[tuple[int, int], Gluing] = {}  # on their way down, by receiver
-        self._flights: list[dict[int, Evaluation]] = []
-        self._sent: dict[tuple[int, int], int] = {}
-        self._learnt: set[int] = set()  # blocks with a gradient that is not yet used
 
     def step(
         self,
         stages: Sequence[Stage],
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Tensor | None,
+        targets: Tensor | None,
         *,
-        ids: Tensor | None = None,  # noqa: ARG002 - every example is fresh
+        ids: Tensor | None = None,
         update: bool = True,
         recompute: bool = False,  # noqa: ARG002 - it always does
     ) -> StepReport:
         """Take a batch in, and train on what has arrived.
 
+        Args:
+            stages: bottom block first; those that live elsewhere are not touched.
+            inputs: x, shape [N, ...]; None where the first block lives elsewhere.
+            targets: y, N rows; None where the last block lives elsewhere.
+            ids: the examples' numbers; needed with a cache, and where neither of the others is given.
+            update: must be True.
+            recompute: without effect.
+
         Raises:
             ValueError: `update` is False: there is no one batch of which the gradient would be; another form than
-                the exact one.
+                the exact one; no ids for the cache.
         """
         if not update:
             raise ValueError("in a pipeline the blocks learn from different batches; expected the executor 'local'")
         self._begin(stages)
-        parts = zip(inputs.tensor_split(self.microbatches), targets.tensor_split(self.microbatches), strict=True)
-        for number, (x, y) in enumerate(parts, self._fed):
-            if len(x):
-                self._parts[number] = _Part(x, y, len(x) / len(inputs))
-        self._fed += self.microbatches
+        examples = self._feed(inputs, targets, ids)
         report = _Report(len(stages) - 1)
         while not any(kind == "forward" and k == 1 and number >= self._fed for k, kind, number in self._next):
-            self._carry_out(stages, report)
-        return report.made(len(inputs))
+            self._carry_out(report)
+        return report.made(examples, self._links)
+
+    @property
+    def _links(self) -> int:
+        """How many links have their lower block here."""
+        assert self._mail is not None
+        return sum(self._mail.lives_here(k) for k in range(1, len(self._lates)))
+
+    def _feed(self, inputs: Tensor | None, targets: Tensor | None, ids: Tensor | None) -> int:
+        known = next(value for value in (inputs, targets, ids) if value is not None)
+        if self._visits is not None and self.cache is not None:
+            ids = self.cache().check(ids, len(known))
+            self._without.append(not self._visits.due(ids))
+        cut = [
+            [None] * self.microbatches if value is None else list(value.tensor_split(self.microbatches))
+            for value in (known, inputs, targets, ids)
+        ]
+        for number, (one, x, y, i) in enumerate(zip(*cut, strict=True), self._fed):
+            assert one is not None
+            if len(one):
+                self._parts[number] = _Part(x, y, i, len(one), len(one) / len(known))
+        self._fed += self.microbatches
+        return len(known)
+
+    def _quiet(self, number: int) -> bool:
+        batch = number // self.microbatches
+        return batch < len(self._without) and self._without[batch]
 
     def drain(self, stages: Sequence[Stage]) -> StepReport:
         """Train on what is still on its way, and take nothing new in."""
         report = _Report(len(stages) - 1)
-        if self._ticks is not None:
+        if self._parts:
+            self._begin(stages)
             while self._parts:
-                self._carry_out(stages, report)
-        return report.made(0)
+                self._carry_out(report)
+        return report.made(0, self._links)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Part from the other processes, if there are any."""
+        if self.remote is not None:
+            self.remote.close()
 
     def _begin(self, stages: Sequence[Stage]) -> None:
-        if self._ticks is not None:
-            return
-        if any(not stage.form.at_forward or stage.scale != 1 for stage in stages):
-            raise ValueError(
-                "a pipelined schedule is defined for the form 'exact'; expected that, or the schedule 'sync'"
-            )
-        self._flights = self._flights or [{} for _ in stages]
-        self._ticks = itertools.islice(self.schedule(len(stages)), self.tick, None)
-        self._next = next(self._ticks)
+        if self._ticks is None:
+            self._furnish(stages)
+            self._ticks = itertools.islice(self.schedule(len(stages)), self.tick, None)
+            self._next = next(self._ticks)
 
-    def _carry_out(self, stages: Sequence[Stage], report: "_Report") -> None:
-        assert self._ticks is not None
+    def _furnish(self, stages: Sequence[Stage]) -> None:
+        if self._lates:
+            return
+        check_form(stages)
+        blocks = len(stages)
+        self._lates = [
+            LateStage(
+                stage,
+                blocks,
+                self.correction,
+                updates=max(0, 2 * (blocks - stage.index) - 1) / self.microbatches,
+                cache=self.cache() if self.cache is not None and stage.index < blocks else None,
+            )
+            for stage in stages
+        ]
+        self._mail = LocalMail(self._lates) if self.remote is None else self.remote.mail(self._lates)
+
+    def _carry_out(self, report: "_Report") -> None:
+        assert self._ticks is not None and self._mail is not None
+        asking = [action for action in self._next if self._asks(action)]
+        for k, _, number in asking:
+            if not self._mail.lives_here(k):
+                self._mail.serve(k, self._parts[number].labels)
         for action in self._next:
-            self._act(stages, action, report)
+            if action.batch in self._parts or action.kind == "update":
+                self._act(action, action in asking, report)
         self.tick += 1
         self._next = next(self._ticks)
 
-    def _act(self, stages: Sequence[Stage], action: Action, report: "_Report") -> None:
+    def _asks(self, action: Action) -> bool:
+        """Whether a block measures the curvature above it with this action."""
         k, kind, number = action
-        stage = stages[k - 1]
-        if kind == "update":
-            if k in self._learnt:  # what the schedule updates while the pipeline runs empty has no gradient
-                self._learnt.remove(k)
-                self._update(k, stage)
-        elif number not in self._parts:
-            return  # of a batch that never came: the schedule goes on while the pipeline runs empty
-        elif kind == "forward":
-            h = self._parts[number].inputs if k == 1 else self._outputs.pop((k, number))
-            top = k == len(stages)
-            weights = None if top else self._weights(k, len(stages), stage)
-            evaluation = stage.forward(h, keep_graph=top or self.reuse, repeatable=True, weights=weights)
-            self._flights[k - 1][number] = evaluation
-            self._sent[k, number] = self.tick
-            if k < len(stages):
-                self._outputs[k + 1, number] = evaluation.output
-        elif kind == "drop":
-            del self._flights[k - 1][number], self._sent[k, number]
-            self._feedback.pop((k, number), None)
-            if k == 1:
-                del self._parts[number]
-        else:
-            self._backward(stages, k, number, report)
+        late = self._lates[k - 1]
+        return kind == "backward" and number in self._parts and not self._quiet(number) and late.wants(self.tick)
 
-    def _backward(self, stages: Sequence[Stage], k: int, number: int, report: "_Report") -> None:
-        stage, part = stages[k - 1], self._parts[number]
-        evaluation = self._flights[k - 1].pop(number)
-        age = self.tick - self._sent.pop((k, number))
-        self._learnt.add(k)
-        if k == len(stages):
-            term, feedback = stage.train(evaluation, part.labels, share=part.share)
-            report.loss(check_finite(term), part)
+    def _act(self, action: Action, asks: bool, report: "_Report") -> None:
+        k, kind, number = action
+        assert self._mail is not None
+        if not self._mail.lives_here(k):
+            self._end(k, kind, number)
+            return
+        late = self._lates[k - 1]
+        if kind == "update":
+            late.update()
+            return
+        part = self._parts[number]
+        if kind == "forward":
+            h = part.inputs if k == 1 else self._mail.take_output(k, number)
+            assert h is not None
+            output = late.forward(number, h, self.tick)
+            if not late.top:
+                self._mail.send_output(k + 1, number, output)
+        elif kind == "drop":
+            late.drop(number)
         else:
-            gluing = self._feedback.pop((k, number))
-            old = evaluation.output.detach()
-            if not self.reuse:
-                evaluation.at_present_weights()
-            new = evaluation.with_graph().output.detach()
-            if self.curvature.wants(k - 1, len(stages) - 1, self.tick):
-                way = projected(new - old, gluing.direction) if self.along else new - old
-                slope = _slope_above(stages[k:], part.labels)
-                self.curvature.measure(k - 1, old, old + way, slope)
-                self.across.measure(k - 1, old, new - way, slope)
-            kappa, across = self.curvature.at(k - 1), self.across.at(k - 1)
-            target = TargetTerm(old, gluing.direction, gluing.count, kappa, self.along, across)
-            before = [p.grad for p in stage.wstep.parameters]
-            _, feedback = stage.train(evaluation, target, share=part.share)
-            if self.compensation:
-                self._compensate(stage, before, list(evaluation.weights.values()))
+            self._backward(late, number, part, asks, report)
+        self._end(k, kind, number)
+
+    def _end(self, k: int, kind: str, number: int) -> None:
+        """The first block is the last that has to do with a batch."""
+        if k == 1 and (kind == "drop" or (kind == "backward" and not self._quiet(number))):
+            self._parts.pop(number, None)
+        if k == len(self._lates) and kind == "backward" and self._quiet(number):
+            self._parts.pop(number, None)
+
+    def _backward(self, late: LateStage, number: int, part: _Part, asks: bool, report: "_Report") -> None:
+        assert self._mail is not None
+        mail, k = self._mail, late.stage.index
+        before = [p.grad for p in late.stage.wstep.parameters] if self._watched else []
+        if late.top:
+            assert part.labels is not None
+            term, feedback = late.learn_top(number, part.labels, part.share, quiet=self._quiet(number))
+            report.loss(check_finite(term), part)
+        elif self._quiet(number):
+            assert part.ids is not None
+            learnt = late.learn_cached(number, part.ids, part.share)
+            report.link(late.link, learnt)
+            return
+        else:
+            gluing = mail.take_feedback(k, number)
+            ask = (lambda points: mail.ask(k, points, part.labels)) if asks else None
+            ids = None if late.cache is None else part.ids
+            learnt = late.learn(number, gluing, part.share, self.tick, ask=ask, ids=ids)
+            feedback = learnt.feedback
             if self._watched.get(k, ()) is None:
-                self._watched[k] = _alignment(stages, k, part, before)
-            report.link(k - 1, age, new - old, part)
-        if feedback is not None:
-            self._feedback[k - 1, number] = feedback.gluing
-            report.feedback(k - 2, LinkReport.of(feedback), part)
-        if k == 1:
-            del self._parts[number]
+                self._watched[k] = _alignment([one.stage for one in self._lates], k, part, before)
+            report.link(late.link, learnt)
+        if feedback is not None and Action(k - 1, "drop", number) not in self._next:
+            mail.send_feedback(k - 1, number, feedback.gluing)
 
     def watch(self, blocks: int) -> None:
         """Compare the next gradient of every block with today's backprop gradient on the same microbatch."""
@@ -234,101 +402,53 @@ class PipelinedExecutor:
         self._watched = {}
         return [*found, (1.0, 1.0)]
 
-    def _weights(self, k: int, blocks: int, stage: Stage) -> dict[str, Tensor] | None:
-        """The weights that a block forwards with, where they are not its present ones as they stand."""
-        own = {name: p for name, p in stage.block.named_parameters() if p.requires_grad}
-        if self.reuse:
-            return {name: p.detach().clone().requires_grad_() for name, p in own.items()}
-        if not self.prediction or k not in self._velocity:
-            return None
-        updates = self.prediction * max(0, 2 * (blocks - k) - 1) / self.microbatches
-        moved = zip(own.items(), self._velocity[k], strict=True)
-        return {name: torch.add(p.detach(), step, alpha=updates) for (name, p), step in moved}
-
-    def _update(self, k: int, stage: Stage) -> None:
-        if not self.prediction:
-            stage.update()
-            return
-        before = [p.detach().clone() for p in stage.wstep.parameters]
-        stage.update()
-        steps = [p.detach() - old for p, old in zip(stage.wstep.parameters, before, strict=True)]
-        if k not in self._velocity:
-            self._velocity[k] = steps
-        for mean, step in zip(self._velocity[k], steps, strict=True):
-            mean.lerp_(step, 0.1)
-
-    @torch.no_grad()
-    def _compensate(self, stage: Stage, before: list[Tensor | None], stashed: list[Tensor]) -> None:
-        for parameter, old, weight in zip(stage.wstep.parameters, before, stashed, strict=True):
-            if parameter.grad is not None:
-                fresh = parameter.grad if old is None else parameter.grad - old
-                parameter.grad = parameter.grad + self.compensation * fresh.square() * (parameter - weight)
-
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is, what is on its way, what is known of the curvature: a tree for a checkpoint."""
         return {
             "tick": self.tick,
             "fed": self._fed,
-            "parts": [[n, part.inputs, part.labels, part.share] for n, part in self._parts.items()],
-            "outputs": [[k, n, value.detach()] for (k, n), value in self._outputs.items()],
-            "feedback": [[k, n, g.anchor, g.direction, g.count, g.scale] for (k, n), g in self._feedback.items()],
-            "flights": [[[n, e.state()] for n, e in flights.items()] for flights in self._flights],
-            "sent": [[k, n, tick] for (k, n), tick in self._sent.items()],
-            "learnt": sorted(self._learnt),
-            "velocity": dict(self._velocity),
-            "curvature": self.curvature.state_dict(),
-            "across": self.across.state_dict(),
+            "without": list(self._without),
+            "visits": None if self._visits is None else self._visits.counts,
+            "parts": [[n, p.inputs, p.labels, p.ids, p.examples, p.share] for n, p in self._parts.items()],
+            "mail": None if self._mail is None else self._mail.state_dict(),
+            "lates": [late.state_dict() if self._here(late) else None for late in self._lates],
+            "correction": self.correction.state_dict(),
         }
+
+    def _here(self, late: LateStage) -> bool:
+        return self._mail is not None and self._mail.lives_here(late.stage.index)
 
     def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
         """Continue from what `state_dict` returned, with the same settings."""
-        self.tick, self._fed = state["tick"], state["fed"]
-        self._parts = {n: _Part(inputs, labels, share) for n, inputs, labels, share in state["parts"]}
-        self._outputs = {(k, n): value for k, n, value in state["outputs"]}
-        self._feedback = {(k, n): Gluing(*gluing) for k, n, *gluing in state["feedback"]}
-        self._flights = [
-            {
-                n: Evaluation.restored(
-                    stage.block, saved, differentiable=stage.below is not None, precision=stage.precision
-                )
-                for n, saved in flights
-            }
-            for stage, flights in zip(stages, state["flights"], strict=False)
-        ]
-        self._sent = {(k, n): tick for k, n, tick in state["sent"]}
-        self._learnt = set(state["learnt"])
-        self._velocity = state["velocity"]
-        self.curvature.load_state_dict(state["curvature"])
-        self.across.load_state_dict(state["across"])
         self._ticks = None
+        self._furnish(stages)
+        self.tick, self._fed, self._without = state["tick"], state["fed"], list(state["without"])
+        if self._visits is not None:
+            self._visits.counts = state["visits"]
+        self._parts = {number: _Part(*part) for number, *part in state["parts"]}
+        self.correction.load_state_dict(state["correction"])
+        for late, saved in zip(self._lates, state["lates"], strict=False):
+            if saved is not None:
+                late.load_state_dict(saved)
+        if state["mail"] is not None:
+            assert self._mail is not None
+            self._mail.load_state_dict(state["mail"])
 
 
-def _slope_above(stages: Sequence[Stage], labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """Today's gradient of the summed loss in an output of the block below these; leaves no trace in them.
+def check_form(stages: Sequence[Stage]) -> None:
+    """Refuse a form for which late feedback is not defined.
 
-    The dropout masks are drawn anew, and are the same at every call.
+    Raises:
+        ValueError: a form other than the exact one, or one of its like.
     """
-    buffers = [{name: buffer.clone() for name, buffer in stage.block.named_buffers()} for stage in stages]
-    loss = stages[-1].above
-    assert isinstance(loss, OutputLoss)
-
-    def slope(output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
-        h = leaf
-        with torch.random.fork_rng(devices=[leaf.device] if leaf.is_cuda else []), torch.enable_grad():
-            for stage, state in zip(stages, buffers, strict=True):
-                copies = {name: buffer.clone() for name, buffer in state.items()}
-                h = functional_call(stage.block, copies, (h.to(stage.device),))
-            mean, count = loss(h, labels.to(h.device))
-        return torch.autograd.grad(mean * count, leaf)[0]
-
-    return slope
+    if any(not stage.form.at_forward or stage.scale != 1 for stage in stages):
+        raise ValueError("a pipelined schedule is defined for the form 'exact'; expected that, or the schedule 'sync'")
 
 
 def _alignment(stages: Sequence[Stage], k: int, part: _Part, before: Sequence[Tensor | None]) -> tuple[float, float]:
     """Cosine and norm ratio of what was added to block k's gradient to backprop's at the weights of today."""
     loss = stages[-1].above
-    assert isinstance(loss, OutputLoss)
+    assert isinstance(loss, OutputLoss) and part.inputs is not None and part.labels is not None
     parameters = stages[k - 1].wstep.parameters
     h = part.inputs
     with torch.random.fork_rng(devices=[h.device] if h.is_cuda else []), torch.enable_grad():
@@ -351,32 +471,29 @@ def _alignment(stages: Sequence[Stage], k: int, part: _Part, before: Sequence[Te
 
 
 class _Report:
-    """Sums over the microbatches of a step."""
+    """Of a step: sums over its microbatches, and the latest of every link."""
 
     def __init__(self, links: int) -> None:
         self._loss = [0.0, 0.0]
         self._links: list[LinkReport | None] = [None] * links
-        self._ages = [0] * links
-        self._drifts: list[float] = [0.0] * links
 
     def loss(self, value: float, part: _Part) -> None:
         self._loss[0] += value * part.share
         self._loss[1] += part.share
 
-    def feedback(self, link: int, report: LinkReport, part: _Part) -> None:  # noqa: ARG002
-        self._links[link] = report
+    def link(self, link: int, learnt: Learnt) -> None:
+        self._links[link] = LinkReport(
+            learnt.gluing_loss,
+            steps=0 if learnt.cached else 1,
+            residual=1.0,
+            converged=False,
+            stable=True,
+            age=learnt.age,
+            drift=learnt.drift,
+        )
 
-    def link(self, link: int, age: int, moved: Tensor, part: _Part) -> None:  # noqa: ARG002
-        self._ages[link] = age
-        self._drifts[link] = float(moved.square().sum()) / len(moved)
-
-    def made(self, examples: int) -> StepReport:
+    def made(self, examples: int, expected: int) -> StepReport:
         total, share = self._loss
-        links = [
-            replace(link, age=age, drift=drift)
-            for link, age, drift in zip(self._links, self._ages, self._drifts, strict=True)
-            if link is not None
-        ]
+        links = [link for link in self._links if link is not None]
         # while the pipeline fills, the lower links have nothing to report yet
-        complete = len(links) == len(self._links)
-        return StepReport(total / share if share else math.nan, examples, links if complete else [])
+        return StepReport(total / share if share else math.nan, examples, links if len(links) == expected else [])

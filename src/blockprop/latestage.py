@@ -1,0 +1,391 @@
+"""A stage of a pipeline: what it has on its way, and what it does with feedback that comes late.
+
+A batch's *flight* is the stage's evaluation of it, from the forward pass until the feedback is back. The stage then
+evaluates the same batch again at its present weights, with the same dropout masks, and takes its gradient there, against
+the target that the feedback makes of the output it had sent (`TargetTerm`).
+
+One late stage serves the simulation of a pipeline in one process and the runtime with a process for every block: whoever
+runs it moves the messages.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from blockprop.cache import GluingCache
+from blockprop.curvature import Constant, Curvature, Secant
+from blockprop.evaluation import Evaluation
+from blockprop.gluing import Gluing
+from blockprop.losses import OutputLoss
+from blockprop.objective import TargetTerm, projected
+from blockprop.stage import Feedback, Stage
+
+__all__ = ["Correction", "LateStage", "Learnt", "Points"]
+
+Points = list[Tensor]
+"""Outputs of one block on a few examples, at which the curvature above is measured: as it was sent, and moved from there;
+or today's slopes of the summed loss at these."""
+
+Ask = Callable[[Points], Points | None]
+"""Slopes at some outputs of a block, from the blocks above it; None if they will come later (`LateStage.measured`)."""
+
+
+class Correction:
+    """What is made of late feedback.
+
+    Args:
+        curvature: κ of the targets; default [`Secant`][blockprop.curvature.Secant], measured while training.
+        along: let κ act along each example's own slope alone (`TargetTerm`); default False.
+        across: the curvature across the slopes, if `along`; default none, 0.
+        reuse: take the gradient on the graph of the forward pass and at the weights that it had (weight stashing), for
+            three passes instead of four. Nothing has moved there, so that the feedback is the delayed gradient.
+        prediction: at which weights a block forwards: its present ones moved on by so many of the updates that it will
+            make until the feedback is back, along the running mean of its updates; default 0, between 0 and 1.
+        compensation: λ of DC-ASGD (Zheng et al. 2017), which adds λ g² (w_now - w_forward) to the stashed gradient g,
+            entry by entry; default 0. Needs `reuse`.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        curvature: Curvature | None = None,
+        along: bool = False,
+        across: Curvature | None = None,
+        reuse: bool = False,
+        prediction: float = 0.0,
+        compensation: float = 0.0,
+    ) -> None:
+        if not 0 <= prediction < math.inf:
+            raise ValueError(f"prediction is {prediction}; expected a finite number of at least 0")
+        if not 0 <= compensation < math.inf:
+            raise ValueError(f"compensation is {compensation}; expected a finite number of at least 0")
+        if compensation and not reuse:
+            raise ValueError("compensation corrects gradients at stashed weights; expected reuse=True with it")
+        if across is not None and not along:
+            raise ValueError("a curvature across the slopes is given; expected along=True with it")
+        self.curvature: Curvature = curvature or Secant()
+        self.along = along
+        self.across: Curvature = across or Constant(0.0)
+        self.reuse, self.prediction, self.compensation = reuse, prediction, compensation
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of the curvature."""
+        return {"curvature": self.curvature.state_dict(), "across": self.across.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.curvature.load_state_dict(state["curvature"])
+        self.across.load_state_dict(state["across"])
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a stage did with feedback.
+
+    Attributes:
+        feedback: for the block below; None for the first block, or where none is due.
+        gluing_loss: ‖h* - b_old(h)‖² per example, mean over the batch: a scalar tensor.
+        age: ticks since the forward pass, or visits since the entries of the cache were made.
+        drift: ‖b_now(h) - b_old(h)‖² per example, mean over the batch.
+        cached: whether the feedback came from the cache.
+    """
+
+    feedback: Feedback | None
+    gluing_loss: Tensor
+    age: float
+    drift: float
+    cached: bool = False
+
+
+class LateStage:
+    """A stage, its flights, and how it corrects late feedback.
+
+    Args:
+        stage: block k.
+        blocks: K.
+        correction: what is made of late feedback.
+        updates: how many updates the block will make until feedback is back, as far as is known beforehand.
+        cache: feedback by example, of the link above; None for none.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        blocks: int,
+        correction: Correction,
+        *,
+        updates: float = 0.0,
+        cache: GluingCache | None = None,
+    ) -> None:
+        self.stage = stage
+        self.blocks = blocks
+        self.correction = correction
+        self.updates = updates
+        self.cache = cache
+        self.flights: dict[int, Evaluation] = {}
+        self._sent: dict[int, int] = {}
+        self._count = 1.0  # predictions per example, of the latest feedback
+        self._velocity: list[Tensor] = []  # running mean of the updates
+        self._fresh = False  # a gradient that is not yet used
+
+    @property
+    def link(self) -> int:
+        """Number of the link above, from 0 at the bottom."""
+        return self.stage.index - 1
+
+    @property
+    def top(self) -> bool:
+        """Whether this is the last block."""
+        return self.stage.index == self.blocks
+
+    def forward(self, number: int, inputs: Tensor, tick: int) -> Tensor:
+        """Evaluate the block on a batch, and keep it on its way.
+
+        Args:
+            number: of the batch, or of the microbatch.
+            inputs: h_k, shape [N, ...].
+            tick: now.
+
+        Returns:
+            b_k(h_k), for the block above.
+        """
+        weights = None if self.top else self._weights()
+        keep = self.top or self.correction.reuse
+        evaluation = self.stage.forward(inputs, keep_graph=keep, repeatable=True, weights=weights)
+        self.flights[number], self._sent[number] = evaluation, tick
+        return evaluation.output.detach()
+
+    def learn_top(
+        self, number: int, labels: Tensor, share: float, *, quiet: bool = False
+    ) -> tuple[Tensor, Feedback | None]:
+        """The last block's gradient and h-step: its feedback is never late.
+
+        Args:
+            number: of a batch that was forwarded.
+            labels: N rows.
+            share: the microbatch's share of its batch.
+            quiet: whether no feedback is due, and no h-step to be made; default False.
+
+        Returns:
+            The mean loss, and the feedback for the block below, if there is one.
+        """
+        evaluation = self.flights.pop(number)
+        del self._sent[number]
+        self._fresh = True
+        if quiet:
+            return self.stage.add_gradient(evaluation, labels, share=share), None
+        return self.stage.train(evaluation, labels, share=share)
+
+    def learn(
+        self,
+        number: int,
+        gluing: Gluing,
+        share: float,
+        tick: int,
+        *,
+        ask: Ask | None = None,
+        ids: Tensor | None = None,
+    ) -> Learnt:
+        """The gradient and the h-step of a block below the last, from feedback that has come back.
+
+        Args:
+            number: of a batch on its way.
+            gluing: the feedback; its anchor is not looked at, since the output that was sent is at hand.
+            share: as in `learn_top`.
+            tick: now.
+            ask: whom to ask for slopes, where the curvature wants to be measured now; None for nobody.
+            ids: the examples' numbers; the feedback is then kept in the cache.
+        """
+        evaluation, sent = self.flights.pop(number), self._sent.pop(number)
+        correction = self.correction
+        self._fresh = True
+        old = evaluation.output.detach()
+        if not correction.reuse:
+            evaluation.at_present_weights()
+        new = evaluation.with_graph().output.detach()
+        if ask is not None:
+            points = self._points(old, new, gluing.direction)
+            if (slopes := ask(points)) is not None:
+                self.measured(points, slopes)
+        if ids is not None and self.cache is not None:
+            self._store(ids, old, gluing, tick)
+        kappa, across = correction.curvature.at(self.link), correction.across.at(self.link)
+        target = TargetTerm(old, gluing.direction, gluing.count, kappa, correction.along, across)
+        before = [p.grad for p in self.stage.wstep.parameters]
+        _, feedback = self.stage.train(evaluation, target, share=share)
+        if correction.compensation:
+            self._compensate(before, list(evaluation.weights.values()))
+        return Learnt(feedback, gluing.squared_sum / len(new), tick - sent, _drift(new, old))
+
+    def learn_cached(self, number: int, ids: Tensor, share: float) -> Learnt:
+        """The gradient of a block below the last at a fresh batch, from the feedback that its examples had before.
+
+        Nothing goes down, so that no gradient in the inputs is computed. Examples without an entry say nothing.
+
+        Args:
+            number: of a batch that was just forwarded.
+            ids: the examples' numbers, int64 [N].
+            share: as in `learn_top`.
+        """
+        assert self.cache is not None
+        evaluation = self.flights.pop(number)
+        del self._sent[number]
+        output = evaluation.with_graph().output.detach()
+        self.cache.fit([output.shape[1:]])
+        known = (self.cache.written(ids)[0] >= 0).view(-1, *[1] * (output.ndim - 1))
+        anchor, direction = (value.to(output) for value in self.cache.read(0, ids))
+        anchor = torch.where(known.to(output.device), anchor, output)
+        self.cache.visit(ids)
+        self._fresh = True
+        slope = Gluing(anchor, direction / (self._count * len(output)), self._count * len(output))
+        kappa = self.correction.curvature.at(self.link)
+        target = TargetTerm(anchor, slope.direction, slope.count, kappa, along=True)
+        self.stage.add_gradient(evaluation, target, share=share)
+        age = float(self.cache.visits(ids)[0].float().mean())
+        return Learnt(None, slope.squared_sum / len(output), age, _drift(output, anchor), cached=True)
+
+    def drop(self, number: int) -> None:
+        """Forget a batch whose feedback is lost."""
+        self.flights.pop(number, None)
+        self._sent.pop(number, None)
+
+    def update(self) -> None:
+        """The optimizer's step; nothing where no gradient was taken since the last, as while the pipeline runs empty."""
+        if not self._fresh:
+            return
+        self._fresh = False
+        wstep = self.stage.wstep
+        if not self.correction.prediction:
+            self.stage.update()
+            return
+        before = [p.detach().clone() for p in wstep.parameters]
+        self.stage.update()
+        steps = [p.detach() - old for p, old in zip(wstep.parameters, before, strict=True)]
+        self._velocity = self._velocity or steps
+        for mean, step in zip(self._velocity, steps, strict=True):
+            mean.lerp_(step, 0.1)
+
+    def _weights(self) -> dict[str, Tensor] | None:
+        """The weights that the block forwards with, where they are not its present ones as they stand."""
+        reuse, ahead = self.correction.reuse, self.correction.prediction * self.updates
+        if not reuse and not (ahead and self._velocity):
+            return None
+        own = {name: p for name, p in self.stage.block.named_parameters() if p.requires_grad}
+        if not (ahead and self._velocity):
+            return {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+        moved = zip(own.items(), self._velocity, strict=True)
+        return {name: torch.add(p.detach(), step, alpha=ahead).requires_grad_(reuse) for (name, p), step in moved}
+
+    @torch.no_grad()
+    def _compensate(self, before: list[Tensor | None], stashed: list[Tensor]) -> None:
+        for parameter, old, weight in zip(self.stage.wstep.parameters, before, stashed, strict=True):
+            if parameter.grad is not None:
+                fresh = parameter.grad if old is None else parameter.grad - old
+                more = self.correction.compensation * fresh.square() * (parameter - weight)
+                parameter.grad = parameter.grad + more
+
+    def _store(self, ids: Tensor, old: Tensor, gluing: Gluing, tick: int) -> None:
+        """Keep the feedback by example; what is replaced tells the curvature along the slope, at no cost."""
+        assert self.cache is not None
+        self.cache.fit([old.shape[1:]])
+        now = gluing.direction * gluing.count
+        self._count = gluing.count / len(old)
+        if (self.cache.written(ids) >= 0).all():
+            anchor, then = (value.to(old) for value in self.cache.read(0, ids))
+            self.correction.curvature.measure(self.link, projected(old - anchor, then), now - then)
+        self.cache.write(0, ids, old, now, step=tick)
+
+    # -- curvature, measured by the blocks above
+
+    def wants(self, tick: int) -> bool:
+        """Whether the curvature of the link above is to be measured in this tick."""
+        return not self.top and self.correction.curvature.wants(self.link, self.blocks - 1, tick)
+
+    def _points(self, old: Tensor, new: Tensor, slope: Tensor) -> Points:
+        """An eighth of the examples, at least eight: one number is measured, and a running mean is taken of it."""
+        few = max(8, len(old) // 8)
+        old, way, slope = old[:few], (new - old)[:few], slope[:few]
+        if not self.correction.along:
+            return [old, old + way]
+        part = projected(way, slope)
+        return [old, old + part, old + way - part]
+
+    def measured(self, points: Points, slopes: Points) -> None:
+        """Learn the curvature of the link above from slopes at this block's outputs."""
+        pairs = zip(points[1:], slopes[1:], strict=True)
+        for curvature, (point, slope) in zip((self.correction.curvature, self.correction.across), pairs, strict=False):
+            curvature.measure(self.link, point - points[0], slope - slopes[0])
+
+    def carried(self, points: Points) -> Points:
+        """This block's outputs at another's outputs: no trace is left in weights, buffers or random numbers."""
+        with torch.no_grad():
+            return [self._aside(point) for point in points]
+
+    def pulled(self, points: Points, slopes: Points) -> Points:
+        """Slopes in this block's inputs `points`, from slopes in its outputs there."""
+        found: Points = []
+        for point, slope in zip(points, slopes, strict=True):
+            leaf = point.to(self.stage.device).detach().requires_grad_()
+            with torch.enable_grad():
+                output = self._aside(leaf)
+            found += torch.autograd.grad(output, leaf, slope.to(output))
+        return found
+
+    def slopes(self, points: Points, labels: Tensor) -> Points:
+        """The last block: slopes of the summed loss in its inputs `points`, at as many of the labels."""
+        loss = self.stage.above
+        assert isinstance(loss, OutputLoss)
+        found: Points = []
+        for point in points:
+            leaf = point.to(self.stage.device).detach().requires_grad_()
+            with torch.enable_grad():
+                output = self._aside(leaf)
+                mean, count = loss(output, labels[: len(leaf)].to(output.device))
+                found += torch.autograd.grad(mean * count, leaf)
+        return found
+
+    def _aside(self, inputs: Tensor) -> Tensor:
+        copies = {name: buffer.clone() for name, buffer in self.stage.block.named_buffers()}
+        inputs = inputs.to(self.stage.device)
+        with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
+            output: Tensor = functional_call(self.stage.block, copies, (inputs,))
+        return output
+
+    # -- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is on its way: a tree for a checkpoint. The curvature and the stage have their own."""
+        return {
+            "flights": [[number, evaluation.state()] for number, evaluation in self.flights.items()],
+            "sent": [[number, tick] for number, tick in self._sent.items()],
+            "velocity": list(self._velocity),
+            "fresh": self._fresh,
+            "count": self._count,
+            "cache": None if self.cache is None else self.cache.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned, with the same settings."""
+        stage = self.stage
+        restored = {
+            number: Evaluation.restored(
+                stage.block, saved, differentiable=stage.below is not None, precision=stage.precision
+            )
+            for number, saved in state["flights"]
+        }
+        self.flights, self._sent = restored, {number: tick for number, tick in state["sent"]}
+        self._velocity, self._fresh, self._count = state["velocity"], state["fresh"], state["count"]
+        if self.cache is not None and state["cache"] is not None:
+            self.cache.load_state_dict(state["cache"])
+
+
+def _drift(new: Tensor, old: Tensor) -> float:
+    return float((new - old).square().sum()) / len(new)

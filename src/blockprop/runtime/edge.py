@@ -1,0 +1,201 @@
+"""Two neighbours: a process group of two ranks, a thread that sends, a thread that receives, bounded queues.
+
+A group a pair, since a group of torch.distributed fails as a whole: one neighbour that is lost closes this edge alone.
+What arrives is put into the process's `Post`, where the thread that trains takes it from.
+"""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from blockprop.errors import first_line
+from blockprop.runtime.group import LostError, gloo
+from blockprop.runtime.message import Message, Precision, pack, unpack
+from blockprop.runtime.rendezvous import LOOPBACK, Rendezvous
+
+__all__ = ["Edge", "Post"]
+
+
+class Post:
+    """What has arrived at a process and is not yet taken, from all its edges.
+
+    Args:
+        capacity: messages of one edge that may lie here; its receiver then waits, and with it the sender.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._messages: dict[tuple[str, int], tuple[str, Message]] = {}
+        self._held: dict[str, int] = {}
+        self._lost: str | None = None
+        self.arrived = threading.Condition()
+        self.waited = 0.0
+
+    def put(self, edge: str, message: Message) -> None:
+        """From a receiver's thread; waits while the edge has as many messages here as may be."""
+        with self.arrived:
+            self.arrived.wait_for(lambda: self._lost or self._held.get(edge, 0) < self._capacity)
+            self._messages[message.kind, message.number] = edge, message
+            self._held[edge] = self._held.get(edge, 0) + 1
+            self.arrived.notify_all()
+
+    def lose(self, why: str) -> None:
+        """Let everybody who waits here know that it is in vain."""
+        with self.arrived:
+            self._lost = self._lost or why
+            self.arrived.notify_all()
+
+    def check(self) -> None:
+        """Raise LostError if a neighbour is lost."""
+        if self._lost is not None:
+            raise LostError(self._lost)
+
+    def take(self, kind: str, number: int) -> Message:
+        """One message, once it is there.
+
+        Raises:
+            LostError: a neighbour is lost.
+        """
+        with self._waiting(lambda: (kind, number) in self._messages):
+            return self._pop(kind, number)
+
+    def oldest(self, kind: str) -> Message | None:
+        """The message of a kind with the lowest number, or None."""
+        with self.arrived:
+            numbers = [number for one, number in self._messages if one == kind]
+            return self._pop(kind, min(numbers)) if numbers else None
+
+    def wait(self, kinds: tuple[str, ...]) -> None:
+        """Wait until a message of one of these kinds is there.
+
+        Raises:
+            LostError: a neighbour is lost.
+        """
+        with self._waiting(lambda: any(kind in kinds for kind, _ in self._messages)):
+            pass
+
+    @contextlib.contextmanager
+    def _waiting(self, ready: Callable[[], bool]) -> Iterator[None]:
+        start = time.perf_counter()
+        with self.arrived:
+            self.arrived.wait_for(lambda: ready() or self._lost is not None)
+            self.waited += time.perf_counter() - start
+            if not ready():
+                self.check()
+            yield
+
+    def _pop(self, kind: str, number: int) -> Message:
+        edge, message = self._messages.pop((kind, number))
+        self._held[edge] -= 1
+        self.arrived.notify_all()
+        return message
+
+    def left(self) -> list[Message]:
+        """All that lies here, without taking it."""
+        with self.arrived:
+            return [message for _, message in self._messages.values()]
+
+    def restore(self, messages: list[Message]) -> None:
+        """Put back what a checkpoint had."""
+        with self.arrived:
+            for message in messages:
+                self._messages[message.kind, message.number] = "checkpoint", message
+                self._held["checkpoint"] = self._held.get("checkpoint", 0) + 1
+
+
+class Edge:
+    """This process's end of a link to a neighbour.
+
+    Args:
+        rendezvous: where the two find each other.
+        name: of the edge, the same at both ends.
+        upper: whether this is the end of the upper block.
+        post: where arrivals go.
+        listen: this end's address for connections, default this machine alone.
+        precision: of the floating-point tensors of "output" and "feedback" messages.
+        timeout: seconds after which a neighbour that neither sends nor receives counts as lost, default 600.
+        queue_length: messages that may wait to be sent, default 8; `send` then waits.
+
+    Raises:
+        LostError: the address cannot be used, or the neighbour does not come.
+    """
+
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        name: str,
+        *,
+        upper: bool,
+        post: Post,
+        listen: str = LOOPBACK,
+        precision: Precision = "float32",
+        timeout: float = 600.0,
+        queue_length: int = 8,
+    ) -> None:
+        self.name = name
+        self._peer, self._post, self._precision = int(not upper), post, precision
+        self.sent_bytes = self.received_bytes = self.sent_messages = 0
+        self._group = gloo(rendezvous, f"edge {name}", int(upper), 2, listen=listen, timeout=timeout)
+        self._outbox: queue.Queue[Message | None] = queue.Queue(queue_length)
+        self._closing = False
+        self._sender = threading.Thread(target=self._send_all, name=f"send {name}", daemon=True)
+        self._receiver = threading.Thread(target=self._receive_all, name=f"receive {name}", daemon=True)
+        self._sender.start()
+        self._receiver.start()
+
+    def send(self, message: Message) -> None:
+        """Hand a message over to be sent; waits while the queue is full.
+
+        Raises:
+            LostError: a neighbour is lost.
+        """
+        start = time.perf_counter()
+        while True:
+            self._post.check()
+            try:
+                self._outbox.put(message, timeout=0.5)
+                break
+            except queue.Full:
+                continue
+        self._post.waited += time.perf_counter() - start
+
+    def _send_all(self) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                coarse = message.kind in ("output", "feedback")
+                body = pack(message, self._precision if coarse else "float32")
+                self._group.send([torch.tensor([len(body)])], self._peer, 0).wait()
+                self._group.send([body], self._peer, 0).wait()
+                self.sent_bytes += len(body) + 8
+                self.sent_messages += 1
+            self._group.send([torch.tensor([-1])], self._peer, 0).wait()
+        except RuntimeError as error:
+            if not self._closing:
+                self._post.lose(f"edge {self.name}: {first_line(error)}")
+
+    def _receive_all(self) -> None:
+        length = torch.empty(1, dtype=torch.int64)
+        try:
+            while True:
+                self._group.recv([length], self._peer, 0).wait()
+                if int(length) < 0:
+                    return
+                body = torch.empty(int(length), dtype=torch.uint8)
+                self._group.recv([body], self._peer, 0).wait()
+                self.received_bytes += len(body) + 8
+                self._post.put(self.name, unpack(body))
+        except (RuntimeError, ValueError) as error:
+            if not self._closing:
+                self._post.lose(f"edge {self.name}: {first_line(error)}")
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Send what is left, say goodbye, wait for the neighbour's goodbye, and end the threads."""
+        with contextlib.suppress(queue.Full):
+            self._outbox.put(None, timeout=timeout)
+        self._sender.join(timeout)
+        self._receiver.join(timeout)
+        self._closing = True

@@ -1,0 +1,245 @@
+"""No schedule: a block learns from feedback as soon as it is there, and forwards the next batch whenever it may.
+
+Nobody waits for a tick. What bounds the age of feedback is how many batches a block may have on their way: at that
+number it forwards no more until feedback comes, and so the blocks keep pace with the slowest of them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from blockprop.cache import GluingCache, Visits
+from blockprop.executors.executor import LinkReport, StepReport, check_finite
+from blockprop.executors.pipelined import check_form
+from blockprop.latestage import Correction, LateStage, Learnt, Points
+from blockprop.runtime.mail import feedback_message, gluing_of
+from blockprop.runtime.message import Message
+from blockprop.runtime.neighbours import Neighbours
+from blockprop.stage import Stage
+
+__all__ = ["FreeRunningExecutor"]
+
+
+class FreeRunningExecutor:
+    """Runs one block in its process, as fast as messages come.
+
+    Args:
+        remote: the neighbours.
+        in_flight: batches that a block may have on their way for each block above it, at least 1; default 2, the
+            number that a lock-step pipeline has.
+        correction: what is made of late feedback; see [`Correction`][blockprop.latestage.Correction].
+        cache: as in [`PipelinedExecutor`][blockprop.executors.pipelined.PipelinedExecutor].
+        refresh: as there.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        remote: Neighbours,
+        *,
+        in_flight: int = 2,
+        correction: Correction | None = None,
+        cache: Callable[[], GluingCache] | None = None,
+        refresh: int = 2,
+    ) -> None:
+        if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 1:
+            raise ValueError(f"in-flight is {in_flight}; expected a whole number of batches, at least 1")
+        self.remote = remote
+        self.in_flight = in_flight
+        self.correction = correction or Correction()
+        self.cache = cache
+        self._visits = None if cache is None else Visits(cache().examples, refresh)
+        self._late: LateStage | None = None
+        self._fed = 0
+        self._ids: dict[int, Tensor | None] = {}
+        self._labels: dict[int, Tensor] = {}  # of the latest batches, for points from below
+        self._points: dict[int, Points] = {}  # by the block that asks: where slopes are waited for
+
+    def step(
+        self,
+        stages: Sequence[Stage],
+        inputs: Tensor | None,
+        targets: Tensor | None,
+        *,
+        ids: Tensor | None = None,
+        update: bool = True,
+        recompute: bool = False,  # noqa: ARG002 - it always does
+    ) -> StepReport:
+        """Forward the next batch, and learn from what has come up to then.
+
+        Args:
+            stages: bottom block first; those that live elsewhere are not touched.
+            inputs: x, shape [N, ...]; None in all processes but the first block's.
+            targets: y, N rows; None in all processes but the last block's.
+            ids: the examples' numbers; needed with a cache, and where neither of the others is given.
+            update: must be True.
+            recompute: without effect.
+
+        Raises:
+            ValueError: another form than the exact one; no ids for the cache.
+        """
+        if not update:
+            raise ValueError("in a pipeline the blocks learn from different batches; expected the executor 'local'")
+        late = self._furnish(stages)
+        known = next(value for value in (inputs, targets, ids) if value is not None)
+        number, quiet = self._fed, False
+        if self.cache is not None and self._visits is not None:
+            ids = self.cache().check(ids, len(known))
+            quiet = not self._visits.due(ids)
+        self._fed += 1
+        self._ids[number] = ids
+        report = _Report()
+        limit = self.in_flight * (late.blocks - late.stage.index)
+        while not late.top and len(late.flights) >= limit:
+            self._wait(late, report, "feedback")
+        self._attend(late, report)
+        if self.remote.below is not None:
+            while (message := self.remote.post.oldest("output")) is None:
+                self._wait(late, report, "output")
+            assert message.number == number, "outputs come in order"
+            inputs = message.values[0]
+        assert inputs is not None
+        output = late.forward(number, inputs, self._fed)
+        if late.top:
+            assert targets is not None
+            self._labels = {n: y for n, y in self._labels.items() if n > number - 8 * late.blocks} | {number: targets}
+            term, feedback = late.learn_top(number, targets, 1.0, quiet=quiet)
+            report.loss = check_finite(term)
+            if feedback is not None and self.remote.below is not None:
+                self.remote.below.send(feedback_message(number, feedback.gluing))
+            late.update()
+        else:
+            assert self.remote.above is not None
+            self.remote.above.send(Message("output", number, [output]))
+            if quiet:
+                assert ids is not None
+                report.learnt(late.learn_cached(number, ids, 1.0))
+                late.update()
+        return report.made(len(known))
+
+    def _furnish(self, stages: Sequence[Stage]) -> LateStage:
+        if self._late is None:
+            check_form(stages)
+            place = self.remote.place
+            cache = None if self.cache is None or place.top else self.cache()
+            updates = max(0, 2 * (place.blocks - place.block) - 1)
+            stage = stages[place.block - 1]
+            self._late = LateStage(stage, place.blocks, self.correction, updates=updates, cache=cache)
+        return self._late
+
+    def _wait(self, late: LateStage, report: "_Report", kind: str) -> None:
+        """Until a message of a kind is there; attend to everything else meanwhile."""
+        self.remote.post.wait(tuple({kind, "feedback", "points", "slopes"}))
+        self._attend(late, report)
+
+    def _attend(self, late: LateStage, report: "_Report") -> None:
+        """Learn from feedback that is there, and help to measure curvatures."""
+        post = self.remote.post
+        while (message := post.oldest("points")) is not None:
+            self._serve(late, message)
+        while (message := post.oldest("slopes")) is not None:
+            self._answered(late, message)
+        while (message := post.oldest("feedback")) is not None:
+            number = message.number
+            ask = self._ask(number) if late.wants(self._fed) and late.stage.index not in self._points else None
+            ids = self._ids[number] if late.cache is not None else None
+            gluing = gluing_of(message, late.stage.device)
+            learnt = late.learn(number, gluing, 1.0, self._fed, ask=ask, ids=ids)
+            report.learnt(learnt)
+            if learnt.feedback is not None and self.remote.below is not None:
+                self.remote.below.send(feedback_message(number, learnt.feedback.gluing))
+            late.update()
+        self._ids = {n: ids for n, ids in self._ids.items() if n in late.flights or n + 1 >= self._fed}
+
+    def _ask(self, number: int) -> Callable[[Points], None]:
+        def ask(points: Points) -> None:
+            assert self.remote.above is not None
+            self._points[self.remote.place.block] = points
+            self.remote.above.send(Message("points", self.remote.place.block, points, {"batch": number}))
+
+        return ask
+
+    def _serve(self, late: LateStage, message: Message) -> None:
+        """Points from below: the last block answers, the others pass them on."""
+        asking, points = message.number, list(message.values)
+        assert self.remote.below is not None
+        if not late.top:
+            assert self.remote.above is not None
+            self._points[asking] = points
+            self.remote.above.send(Message("points", asking, late.carried(points), message.more))
+            return
+        labels = self._labels.get(message.more["batch"])
+        slopes = [] if labels is None else late.slopes(points, labels)
+        self.remote.below.send(Message("slopes", asking, slopes))
+
+    def _answered(self, late: LateStage, message: Message) -> None:
+        """Slopes from above: for this block, or to be passed down. None where the labels were too old."""
+        asking, slopes = message.number, [value.to(late.stage.device) for value in message.values]
+        points = self._points.pop(asking, None)
+        if points is None:
+            return
+        if asking != late.stage.index:
+            assert self.remote.below is not None
+            self.remote.below.send(Message("slopes", asking, late.pulled(points, slopes) if slopes else []))
+        elif slopes:
+            late.measured(points, slopes)
+
+    def drain(self, stages: Sequence[Stage]) -> StepReport:  # noqa: ARG002
+        """Learn from what is still on its way, and take nothing new in."""
+        report = _Report()
+        while self._late is not None and self._late.flights:
+            self._wait(self._late, report, "feedback")
+        return report.made(0)
+
+    def close(self) -> None:
+        """Part from the neighbours."""
+        self.remote.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is on its way here; all processes call it at the same point."""
+        self.remote.flush()
+        assert self._late is not None
+        kept = [m for m in self.remote.post.left() if m.kind in ("output", "feedback")]
+        return {
+            "fed": self._fed,
+            "visits": None if self._visits is None else self._visits.counts,
+            "ids": [[n, ids] for n, ids in self._ids.items()],
+            "messages": [[m.kind, m.number, list(m.values), dict(m.more)] for m in kept],
+            "late": self._late.state_dict(),
+            "correction": self.correction.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
+        """Continue from what `state_dict` returned, with the same settings."""
+        self._furnish(stages).load_state_dict(state["late"])
+        self._fed = state["fed"]
+        self._ids = {n: ids for n, ids in state["ids"]}
+        if self._visits is not None:
+            self._visits.counts = state["visits"]
+        self.correction.load_state_dict(state["correction"])
+        self.remote.post.restore([Message(*message) for message in state["messages"]])
+
+
+class _Report:
+    """Of a step."""
+
+    def __init__(self) -> None:
+        self.loss = float("nan")
+        self._link: LinkReport | None = None
+
+    def learnt(self, learnt: Learnt) -> None:
+        self._link = LinkReport(
+            learnt.gluing_loss,
+            steps=int(not learnt.cached),
+            residual=1.0,
+            converged=False,
+            stable=True,
+            age=learnt.age,
+            drift=learnt.drift,
+        )
+
+    def made(self, examples: int) -> StepReport:
+        return StepReport(self.loss, examples, [] if self._link is None else [self._link])

@@ -1,0 +1,105 @@
+"""The messages of a schedule, carried over edges: every block waits for just what the schedule says it needs.
+
+Nothing else is agreed on. All processes go through the same schedule, so each knows what its neighbours will send it,
+and the numbers are those of the simulation in one process.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockprop.gluing import Gluing
+from blockprop.latestage import LateStage, Points
+from blockprop.runtime.edge import Edge, Post
+from blockprop.runtime.message import Message
+from blockprop.runtime.rendezvous import Place
+
+__all__ = ["RemoteMail"]
+
+
+class RemoteMail:
+    """The mail of a process that holds one block.
+
+    Args:
+        place: which.
+        post: where arrivals are.
+        below: the edge to the block below; None for the first block.
+        above: the edge to the block above; None for the last.
+        late: the block's late stage.
+        flush: waits until all is here that the neighbours sent before they came to the same point.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        post: Post,
+        below: Edge | None,
+        above: Edge | None,
+        late: LateStage,
+        flush: Callable[[], None],
+    ) -> None:
+        self._place, self._post, self._below, self._above, self._late = place, post, below, above, late
+        self._flush = flush
+
+    def lives_here(self, k: int) -> bool:
+        """Of one block."""
+        return k == self._place.block
+
+    def send_output(self, k: int, number: int, output: Tensor) -> None:  # noqa: ARG002
+        """To the process above."""
+        assert self._above is not None
+        self._above.send(Message("output", number, [output]))
+
+    def take_output(self, k: int, number: int) -> Tensor:  # noqa: ARG002
+        """Wait for the process below."""
+        return self._post.take("output", number).values[0]
+
+    def send_feedback(self, k: int, number: int, gluing: Gluing) -> None:  # noqa: ARG002
+        """To the process below: the displacement alone, whose anchor the block below has."""
+        assert self._below is not None
+        self._below.send(feedback_message(number, gluing))
+
+    def take_feedback(self, k: int, number: int) -> Gluing:  # noqa: ARG002
+        """Wait for the process above."""
+        return gluing_of(self._post.take("feedback", number), self._late.stage.device)
+
+    def ask(self, k: int, points: Points, labels: Tensor | None) -> Points:  # noqa: ARG002
+        """Send the points up, and wait for the slopes."""
+        assert self._above is not None
+        self._above.send(Message("points", k, points))
+        return [value.to(self._late.stage.device) for value in self._post.take("slopes", k).values]
+
+    def serve(self, asking: int, labels: Tensor | None) -> None:
+        """Carry the points of a block below further up, and the slopes down again."""
+        if asking > self._place.block:
+            return
+        assert self._below is not None
+        points = list(self._post.take("points", asking).values)
+        if self._late.top:
+            assert labels is not None
+            slopes = self._late.slopes(points, labels)
+        else:
+            slopes = self._late.pulled(points, self.ask(asking, self._late.carried(points), None))
+        self._below.send(Message("slopes", asking, slopes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the neighbours have sent and is not yet taken; all processes call it at the same point."""
+        self._flush()
+        return {"messages": [[m.kind, m.number, list(m.values), dict(m.more)] for m in self._post.left()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put it back."""
+        self._post.restore([Message(*message) for message in state["messages"]])
+
+
+def feedback_message(number: int, gluing: Gluing) -> Message:
+    """A gluing variable without its anchor."""
+    return Message("feedback", number, [gluing.direction], {"count": gluing.count, "scale": gluing.scale})
+
+
+def gluing_of(message: Message, device: torch.device) -> Gluing:
+    """The gluing variable in a message; its anchor is the displacement itself, and not to be looked at."""
+    direction: Sequence[Tensor] = [value.to(device) for value in message.values]
+    return Gluing(direction[0], direction[0], message.more["count"], message.more["scale"])

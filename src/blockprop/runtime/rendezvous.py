@@ -1,0 +1,187 @@
+"""Where the processes of a run find each other, say how far they are, and say what went wrong.
+
+All of it is in one TCPStore. It has no authentication: whoever reaches its port can read and change it. So it listens
+on this machine alone unless told otherwise.
+"""
+
+import contextlib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from blockprop.errors import first_line
+
+__all__ = ["Place", "Rendezvous", "free_port", "parse_address"]
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is in a mesh of K blocks by R replicas.
+
+    Attributes:
+        block: k, from 1.
+        blocks: K.
+        replica: r, from 0.
+        replicas: R.
+    """
+
+    block: int
+    blocks: int
+    replica: int = 0
+    replicas: int = 1
+
+    @classmethod
+    def of_rank(cls, rank: int, blocks: int, replicas: int = 1) -> "Place":
+        """The place of a rank: the replicas of a block have consecutive ranks.
+
+        >>> Place.of_rank(3, blocks=2, replicas=2)
+        Place(block=2, blocks=2, replica=1, replicas=2)
+        """
+        return cls(rank // replicas + 1, blocks, rank % replicas, replicas)
+
+    @property
+    def top(self) -> bool:
+        """Whether it holds the last block."""
+        return self.block == self.blocks
+
+    @property
+    def name(self) -> str:
+        """For a person, and for folders."""
+        return f"block-{self.block}" + (f"-replica-{self.replica}" if self.replica else "")
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """HOST:PORT as a pair.
+
+    Raises:
+        ValueError: it is not one.
+
+    >>> parse_address("127.0.0.1:29500")
+    ('127.0.0.1', 29500)
+    """
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
+        raise ValueError(f"store address is {address!r}; expected HOST:PORT, such as {LOOPBACK}:29500")
+    return host, int(port)
+
+
+def free_port(listen: str = LOOPBACK) -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind((listen, 0))
+        return int(probe.getsockname()[1])
+
+
+class Rendezvous:
+    """A connection to the store of a run.
+
+    Args:
+        address: host and port of the store.
+        host: whether this process serves it.
+        listen: the address that the store listens on, if it is served here; default this machine alone.
+        prefix: of all its keys; runs after each other at one store have different ones.
+        timeout: seconds to wait for the store to answer, default 60.
+
+    Raises:
+        ValueError: the port is in use, or no store answers.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        *,
+        host: bool = False,
+        listen: str = LOOPBACK,
+        prefix: str = "blockprop",
+        timeout: float = 60.0,
+    ) -> None:
+        name = f"{address[0]}:{address[1]}"
+        try:
+            if host:
+                server = socket.socket(socket.AF_INET6 if ":" in listen else socket.AF_INET)
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    server.bind((listen, address[1]))
+                    server.listen(1024)
+                except OSError as error:
+                    server.close()
+                    raise ValueError(
+                        f"the store cannot listen on {listen}:{address[1]} ({error.strerror}); name another --store"
+                    ) from error
+                # the store alone would listen on all of the machine's addresses
+                self._tcp = TCPStore(
+                    address[0],
+                    address[1],
+                    is_master=True,
+                    wait_for_workers=False,
+                    master_listen_fd=server.detach(),
+                    timeout=timedelta(seconds=timeout),
+                )
+            else:
+                self._tcp = TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout))
+        except (DistError, RuntimeError) as error:
+            raise ValueError(
+                f"no store answers at {name} within {timeout:g} seconds ({first_line(error)}); expected the process "
+                "that serves it to be up, and its port to be reachable"
+            ) from error
+        self._prefix = prefix
+        self.store: Store = PrefixStore(prefix, self._tcp)
+
+    @classmethod
+    def of_torchrun(cls, timeout: float = 60.0) -> "Rendezvous":
+        """The store that torchrun started, by the usual environment variables.
+
+        Raises:
+            ValueError: they are not set, or no store answers.
+        """
+        missing = [key for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE") if key not in os.environ]
+        if missing:
+            raise ValueError(f"{missing[0]} is not set; expected the environment that torchrun makes")
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
+        return cls(address, host=served, listen=address[0], prefix=f"blockprop/{attempt}", timeout=timeout)
+
+    def again(self) -> "Rendezvous":
+        """Another connection to the same store, for another thread: a call that waits holds up its connection."""
+        other = object.__new__(Rendezvous)
+        other._tcp, other._prefix = self._tcp.clone(), self._prefix  # type: ignore[attr-defined]
+        other.store = PrefixStore(self._prefix, other._tcp)
+        return other
+
+    def write(self, key: str, value: Any) -> None:
+        """Put a JSON value under a key."""
+        self.store.set(key, json.dumps(value))
+
+    def read(self, key: str) -> Any:
+        """The JSON value under a key; None if there is none."""
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def wait(self, key: str, timeout: float) -> Any:
+        """The JSON value under a key, once it is there.
+
+        Raises:
+            ValueError: it does not come in time.
+        """
+        try:
+            self.store.wait([key], timedelta(seconds=timeout))
+        except (DistError, RuntimeError) as error:
+            raise ValueError(f"{key!r} did not come within {timeout:g} seconds") from error
+        return json.loads(self.store.get(key))
+
+    def fail(self, where: str, why: str) -> None:
+        """Say what went wrong, unless another process has said so before."""
+        with contextlib.suppress(Exception):  # the store may be what went wrong
+            self.store.compare_set("failure", "", json.dumps({"where": where, "why": why}))
+
+    def failure(self) -> dict[str, str] | None:
+        """What went wrong first, and where: keys "where" and "why"; None while all is well."""
+        found: dict[str, str] | None = self.read("failure")
+        return found

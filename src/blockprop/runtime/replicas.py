@@ -1,0 +1,59 @@
+"""Several processes for one block, each on its share of every batch: their gradients averaged before each update.
+
+This is data parallelism within a block; the pipeline is across blocks. The two know nothing of each other.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from blockprop.errors import first_line
+from blockprop.runtime.group import LostError, gloo
+from blockprop.runtime.rendezvous import LOOPBACK, Place, Rendezvous
+
+__all__ = ["Replicas"]
+
+
+class Replicas:
+    """The replicas of one block.
+
+    Args:
+        place: which block and replica this process is.
+        rendezvous: where they find each other.
+        listen: this process's address for connections; default this machine alone.
+        timeout: seconds after which a replica that does not come to an update counts as lost, default 600.
+
+    Raises:
+        LostError: a replica does not come.
+    """
+
+    def __init__(self, place: Place, rendezvous: Rendezvous, *, listen: str = LOOPBACK, timeout: float = 600.0) -> None:
+        self.count = place.replicas
+        self.bytes = 0
+        name = f"replicas of block {place.block}"
+        self._group = gloo(rendezvous, name, place.replica, place.replicas, listen=listen, timeout=timeout)
+
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Put the mean of all replicas' gradients on `.grad`; all replicas call it in the same order.
+
+        Raises:
+            LostError: a replica is gone.
+        """
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+            some = [index for index, gradient in enumerate(gradients) if gradient.dtype == dtype]
+            flat = torch.cat([gradients[index].flatten() for index in some]).cpu()
+            self._sum(flat)
+            flat /= self.count
+            parts = torch.split(flat, [gradients[index].numel() for index in some])
+            for index, part in zip(some, parts, strict=True):
+                parameters[index].grad = part.view(gradients[index].shape).to(gradients[index].device)
+
+    def _sum(self, flat: Tensor) -> None:
+        try:
+            self._group.allreduce([flat]).wait()
+        except RuntimeError as error:
+            raise LostError(f"a replica of the block is gone: {first_line(error)}") from error
+        # a ring sends 2 (R - 1) / R times the gradients
+        self.bytes += 2 * (self.count - 1) * flat.numel() * flat.itemsize // self.count
