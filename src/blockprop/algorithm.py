@@ -11,6 +11,7 @@ from blockprop.blocks import Blocks
 from blockprop.errors import block_failed, first_line
 from blockprop.executors import EXECUTORS, Executor, StepReport
 from blockprop.executors.executor import check_finite
+from blockprop.executors.pipelined import Remote
 from blockprop.forms import Form, FormName, form_named
 from blockprop.hsolvers import HSolver
 from blockprop.losses import OutputLoss
@@ -71,8 +72,10 @@ def _place(blocks: Blocks, devices: Sequence[str | torch.device] | None) -> None
             raise ValueError(f"device {str(name)!r} cannot be used: {first_line(error)}") from error
 
 
-def check_batch(inputs: Tensor, targets: Tensor) -> None:
+def check_batch(inputs: Tensor | None, targets: Tensor | None) -> None:
     for name, value in (("inputs", inputs), ("targets", targets)):
+        if value is None:  # of a block that lives in another process
+            continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor with one row per example")
         if value.ndim == 0 or len(value) == 0:
@@ -80,7 +83,7 @@ def check_batch(inputs: Tensor, targets: Tensor) -> None:
         # one sum is cheap; only where it is not finite is every number looked at
         if value.is_floating_point() and not math.isfinite(value.sum().item()) and not value.isfinite().all():
             raise ValueError(f"{name} hold NaN or infinity; expected finite numbers: check the data")
-    if len(inputs) != len(targets):
+    if inputs is not None and targets is not None and len(inputs) != len(targets):
         raise ValueError(f"{len(inputs)} inputs with {len(targets)} targets; expected as many of both")
 
 
@@ -90,9 +93,15 @@ class _Trained:
     blocks: Blocks
     wsteps: list[WStep]
 
+    @property
+    def remote(self) -> Remote | None:
+        """The other processes, where every block has one of its own; None where all blocks live here."""
+        return None
+
     @torch.no_grad()
-    def predict(self, inputs: Tensor) -> Tensor:
+    def predict(self, inputs: Tensor | None) -> Tensor | None:
         """The network's outputs in evaluation mode, by the plain forward pass; shape [N, ...]."""
+        assert inputs is not None
         with evaluating([self.blocks.model]):
             return self.blocks(inputs)
 
@@ -205,13 +214,29 @@ class BlockProp(_Trained):
             for k, block in enumerate(self.blocks)
         ]
 
-    def step(self, inputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> StepReport:
+    @property
+    def remote(self) -> Remote | None:
+        """The other processes, where the executor has one for every block; else None."""
+        return getattr(self.executor, "remote", None)
+
+    def predict(self, inputs: Tensor | None) -> Tensor | None:
+        """The network's outputs in evaluation mode, by the plain forward pass; shape [N, ...].
+
+        With a process for every block all call it alike: the first block's process gives the inputs, the last
+        block's gets the outputs, and the others give and get None.
+        """
+        if self.remote is not None:
+            return self.remote.predict(self.blocks, inputs)
+        return super().predict(inputs)
+
+    def step(self, inputs: Tensor | None, targets: Tensor | None, ids: Tensor | None = None) -> StepReport:
         """One iteration of Algorithm 1 on a batch.
 
         Args:
-            inputs: x, shape [N, ...], on any device.
-            targets: y, N rows, as the loss wants them.
-            ids: the examples' numbers in the training set, int64 [N]; only an executor with a cache needs them.
+            inputs: x, shape [N, ...], on any device; None in a process that does not hold the first block.
+            targets: y, N rows, as the loss wants them; None in a process that does not hold the last block.
+            ids: the examples' numbers in the training set, int64 [N]; needed with a cache, and in a process that holds
+                neither the first block nor the last.
 
         Raises:
             ValueError: an empty batch, shapes that do not fit, labels out of range, a loss that is not finite
@@ -241,7 +266,7 @@ class BlockProp(_Trained):
         super().load_state_dict(state)
         self.executor.load_state_dict(state.get("executor", {}), self.stages)
 
-    def _run(self, inputs: Tensor, targets: Tensor, ids: Tensor | None, *, update: bool) -> StepReport:
+    def _run(self, inputs: Tensor | None, targets: Tensor | None, ids: Tensor | None, *, update: bool) -> StepReport:
         check_batch(inputs, targets)
         before = [[parameter.grad for parameter in wstep.parameters] for wstep in self.wsteps]
         calls = [wstep.calls for wstep in self.wsteps]

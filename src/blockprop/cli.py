@@ -2,6 +2,7 @@
 
 import itertools
 import json as json_text
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,16 +20,27 @@ from blockprop.experiments.comparison import compare as run_comparison
 from blockprop.experiments.cost import cost as cost_of
 from blockprop.experiments.cost import record
 from blockprop.experiments.cost import table as cost_table
+from blockprop.experiments.folder import check_folder, read_json
+from blockprop.experiments.plan import contention_of, costs_of
+from blockprop.experiments.plan import record as plan_record
+from blockprop.experiments.plan import table as plan_table
+from blockprop.experiments.processes import assembled, join, of_torchrun
 from blockprop.experiments.report import Run, find_runs, groups, markdown, plot, table
-from blockprop.experiments.run import check_folder, read_json, run
+from blockprop.experiments.run import checked, resumed, run
 from blockprop.experiments.run import resume as resume_run
 from blockprop.experiments.settings import Settings
 from blockprop.forms import FormName
+from blockprop.planning.cluster import Cluster, Link
+from blockprop.planning.plan import Setting, plan
+from blockprop.runtime import LostError, Place, Rendezvous
+from blockprop.runtime.rendezvous import LOOPBACK, parse_address
 from blockprop.studies.beyond import beyond
+from blockprop.studies.drawing import require_matplotlib
 from blockprop.studies.figure2 import figure2
 from blockprop.studies.figure3 import figure3
 from blockprop.studies.gap import gap
 from blockprop.studies.options import StudyOptions
+from blockprop.studies.winners import draw, winners
 
 __all__ = ["app", "main"]
 
@@ -62,13 +74,88 @@ def train(
         raise ValueError("--resume needs --out, the folder of the run to continue")
     if out is None:
         out = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(settings.data).stem}-{settings.algorithm}"
+    if settings.executor == "processes" and "TORCHELASTIC_RUN_ID" in os.environ:
+        _report(of_torchrun(_joined(settings, out, resume=resume), out, resume=resume, quiet=quiet), out)
+        return
     before = read_json(out / "summary.json") if resume and (out / "summary.json").exists() else {}
     summary = (resume_run if resume else run)(settings, out, quiet=quiet)
     if summary["steps"] == before.get("steps"):
         print("already finished; give more --epochs or --steps to continue: ", end="")
+    _report(summary, out)
+
+
+def _joined(settings: Settings, out: Path, *, resume: bool) -> Settings:
+    """Settings of a run that several processes come to on their own, each of which looks at the folder by itself."""
+    if resume:
+        return resumed(settings, out)
+    if (out / "summary.json").exists() or any(out.glob("block-*/checkpoints/*")):
+        raise ValueError(f"{out} already holds a run; name another --out, or continue it with --resume")
+    return checked(settings)
+
+
+def _report(summary: dict[str, Any], out: Path) -> None:
+    if int(os.environ.get("RANK", "0")):
+        return  # of several processes that print to one terminal, one is enough
     accuracy = summary["test_accuracy"]
     result = f"test loss {summary['test_loss']:.4f}" + ("" if accuracy is None else f", test accuracy {accuracy:.2%}")
     print(f"{result}; {summary['samples_per_second']:,.0f} samples/s; everything is in {out}")
+
+
+@app.command
+def worker(
+    settings: Settings = _DEFAULTS,
+    *,
+    block: Annotated[int, Parameter(help="k, the block of this process, from 1.")],
+    store: Annotated[str, Parameter(help="HOST:PORT where the processes meet; the first block's process serves it.")],
+    out: Annotated[Path, Parameter(help="The run's folder; on several machines each has one of its own.")],
+    replica: Annotated[int, Parameter(help="Which replica of the block, from 0.")] = 0,
+    listen: Annotated[
+        str, Parameter(help="This machine's address for connections from others. Default: none from outside.")
+    ] = LOOPBACK,
+    serve: Annotated[
+        bool | None, Parameter(help="Whether the store is served here. Default: by the first block's process.")
+    ] = None,
+    resume: Annotated[
+        bool, Parameter(help="Continue from the newest checkpoint that all processes have.", negative=())
+    ] = False,
+    quiet: Annotated[bool, Parameter(help="Show no progress.", negative=())] = False,
+) -> None:
+    """Train one block here, with processes that were started elsewhere with the same settings."""
+    address = parse_address(store)
+    settings = _joined(replace(settings, executor="processes"), out, resume=resume)
+    for name, value, low, high in (
+        ("block", block, 1, settings.blocks),
+        ("replica", replica, 0, settings.replicas - 1),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"--{name} is {value}; expected a number from {low} to {high}")
+    serving = (block, replica) == (1, 0) if serve is None else serve
+    place = Place(block, settings.blocks, replica, settings.replicas)
+    summary = join(
+        settings,
+        out,
+        place,
+        lambda: Rendezvous(address, host=serving, listen=listen),
+        listen=listen,
+        resume=resume,
+        show=serving and not quiet,
+        serving=serving,
+    )
+    _report(summary, out)
+
+
+@app.command
+def assemble(
+    run: Annotated[Path, Parameter(help="Folder of a run with a process for every block.")],
+    *,
+    out: Annotated[Path | None, Parameter(help="The file. Default: model.safetensors in the folder.")] = None,
+) -> None:
+    """Put the weights of all blocks together, as one plain state_dict in a safetensors file."""
+    path = out or run / "model.safetensors"
+    if path.exists():
+        raise ValueError(f"{path} is there already; move it away, or name another --out")
+    names = assembled(run, path)
+    print(f"{names} tensors in {path}")
 
 
 @app.command
@@ -149,6 +236,65 @@ def cost(
         return
     title = f"{model}, K = {blocks}, batch of {batch_size}, N_h = {h_steps}: {made.cut}"
     Console(width=None if sys.stdout.isatty() else 120).print(cost_table(flops, seconds, title))
+
+
+@app.command(name="plan")
+def plan_command(
+    model: Annotated[str, Parameter(help="mlp, resnet18, preact-resnet18 or gpt.")],
+    *,
+    width: Annotated[int | None, Parameter(help="Hidden units, channels or embedding size.")] = None,
+    depth: Annotated[int | None, Parameter(help="Weight layers of an mlp, blocks of a gpt.")] = None,
+    context: Annotated[int, Parameter(help="Characters in an example of a gpt.")] = 64,
+    batch_size: Annotated[int, Parameter(help="Examples of a batch, over all devices together.")] = 128,
+    blocks: Annotated[int, Parameter(help="K, the number of blocks and devices.")] = 2,
+    speeds: Annotated[
+        tuple[float, ...],
+        Parameter(
+            help="Of the devices, relative to this one: K numbers, or one for all.", consume_multiple=True, negative=()
+        ),
+    ] = (1.0,),
+    bandwidth: Annotated[float, Parameter(help="Of a link, each way, in Mbit/s.")] = 1000.0,
+    latency: Annotated[float, Parameter(help="Of a link, one way, in ms.")] = 1.0,
+    overhead: Annotated[float, Parameter(help="Of the software, a message, in ms; gloo's by default.")] = 1.1,
+    contention: Annotated[
+        float | Literal["measured"],
+        Parameter(help="How many times longer a device takes beside another one; measured: for two on this machine."),
+    ] = 1.0,
+    microbatches: Annotated[int, Parameter(help="Of GPipe, 1F1B and zero bubble.")] = 4,
+    parts: Annotated[int, Parameter(help="Microbatches of BlockProp.")] = 1,
+    refresh: Annotated[int, Parameter(help="E, BlockProp, cached: feedback in every E-th epoch.")] = 2,
+    window: Annotated[int, Parameter(help="BlockProp, free-running: messages under way to a block.")] = 8,
+    repeats: Annotated[int, Parameter(help="Rounds of timing.")] = 5,
+    json: Annotated[bool, Parameter(help="Print JSON instead of the table.", negative=())] = False,
+    plot: Annotated[
+        Path | None, Parameter(help="Draw which method wins over bandwidth and K = 2, 4, ..., --blocks.")
+    ] = None,
+) -> None:
+    """Predict how fast every method would train a model on a cluster, from costs measured here and a simulation."""
+    if blocks < 1:
+        raise ValueError(f"--blocks is {blocks}; expected a whole number of at least 1")
+    if len(speeds) not in (1, blocks):
+        raise ValueError(f"--speeds has {len(speeds)} numbers; expected one for all devices, or {blocks}")
+    if plot is not None:
+        require_matplotlib()
+    all_speeds = speeds * blocks if len(speeds) == 1 else speeds
+    cluster = Cluster(all_speeds, Link(bandwidth, latency, overhead), 1.0 if contention == "measured" else contention)
+    setting = Setting(batch_size, microbatches, parts, refresh, window)
+    sizes: dict[str, Any] = {"width": width, "depth": depth, "context": context, "batch_size": batch_size}
+    layers = costs_of(model, **sizes, repeats=repeats)
+    if contention == "measured":
+        cluster = replace(cluster, contention=contention_of(model, **sizes))
+    found = plan(layers, cluster, setting)
+    if json:
+        print(json_text.dumps({"model": model, **plan_record(found, layers, cluster, setting)}, indent=1))
+    else:
+        title = (
+            f"{model}, {len(layers)} layers, K = {blocks}, batch of {batch_size}, {bandwidth:g} Mbit/s, {latency:g} ms"
+        )
+        Console(width=None if sys.stdout.isatty() else 120).print(plan_table(found, layers, title))
+    if plot is not None:
+        title = f"{model}, {len(layers)} layers, batch of {batch_size}, latency {latency:g} ms"
+        draw(winners(layers, cluster, setting), plot, title)
 
 
 @app.command
@@ -281,6 +427,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             why = f"{error.filename}: {error.strerror}"
         print(f"blockprop: error: {' '.join(why.split())}", file=sys.stderr)
         return 2
+    except LostError as error:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # there, whoever failed says so on the same terminal
+            print(f"blockprop: {' '.join(str(error).split())}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("blockprop: stopped; a run with a checkpoint continues with --resume", file=sys.stderr)
         return 130

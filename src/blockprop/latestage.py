@@ -1,11 +1,11 @@
 """A stage of a pipeline: what it has on its way, and what it does with feedback that comes late.
 
 A batch's *flight* is the stage's evaluation of it, from the forward pass until the feedback is back. The stage then
-evaluates the same batch again at its present weights, with the same dropout masks, and takes its gradient there, against
-the target that the feedback makes of the output it had sent (`TargetTerm`).
+evaluates the same batch again at its present weights, with the same dropout masks, and takes its gradient there,
+against the target that the feedback makes of the output it had sent (`TargetTerm`).
 
-One late stage serves the simulation of a pipeline in one process and the runtime with a process for every block: whoever
-runs it moves the messages.
+One late stage serves the simulation of a pipeline in one process and the runtime with a process for every block:
+whoever runs it moves the messages.
 """
 
 import math
@@ -28,8 +28,8 @@ from blockprop.stage import Feedback, Stage
 __all__ = ["Correction", "LateStage", "Learnt", "Points"]
 
 Points = list[Tensor]
-"""Outputs of one block on a few examples, at which the curvature above is measured: as it was sent, and moved from there;
-or today's slopes of the summed loss at these."""
+"""Outputs of one block on a few examples, at which the curvature above is measured: as it was sent, and moved from
+there; or today's slopes of the summed loss at these."""
 
 Ask = Callable[[Points], Points | None]
 """Slopes at some outputs of a block, from the blocks above it; None if they will come later (`LateStage.measured`)."""
@@ -146,6 +146,11 @@ class LateStage:
         """Whether this is the last block."""
         return self.stage.index == self.blocks
 
+    def bytes_in_flight(self) -> int:
+        """Bytes of the inputs and outputs that are kept until feedback comes."""
+        kept = (value for flight in self.flights.values() for value in (flight.input, flight.output))
+        return sum(value.numel() * value.itemsize for value in kept)
+
     def forward(self, number: int, inputs: Tensor, tick: int) -> Tensor:
         """Evaluate the block on a batch, and keep it on its way.
 
@@ -258,7 +263,7 @@ class LateStage:
         self._sent.pop(number, None)
 
     def update(self) -> None:
-        """The optimizer's step; nothing where no gradient was taken since the last, as while the pipeline runs empty."""
+        """The optimizer's step; nothing where no gradient was taken since the last, as when the pipeline runs empty."""
         if not self._fresh:
             return
         self._fresh = False
@@ -381,7 +386,7 @@ class LateStage:
             )
             for number, saved in state["flights"]
         }
-        self.flights, self._sent = restored, {number: tick for number, tick in state["sent"]}
+        self.flights, self._sent = restored, dict(state["sent"])
         self._velocity, self._fresh, self._count = state["velocity"], state["fresh"], state["count"]
         if self.cache is not None and state["cache"] is not None:
             self.cache.load_state_dict(state["cache"])

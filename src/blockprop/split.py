@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from blockprop.blocks import Blocks, Cut
 from blockprop.cost import count_flops, count_weights, measure_seconds
 
-__all__ = ["SplitBy", "split"]
+__all__ = ["SplitBy", "layers_of", "split"]
 
 SplitBy = Literal["flops", "time", "layers"]
 
@@ -98,6 +98,21 @@ def split(
     firsts = balanced(per_unit, blocks)
     block_costs = [sum(per_unit[start:end]) for start, end in zip(firsts, [*firsts[1:], len(units)], strict=True)]
     return _cut(model, layers, [units[first] for first in firsts], unit, block_costs)
+
+
+def layers_of(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """The layers between which `split` can cut, each as one module, with the name of its first part.
+
+    Args:
+        model: an `nn.Sequential`, nested or not, with at least one module.
+
+    >>> [name for name, _ in layers_of(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))]
+    ['0', '3']
+    """
+    layers = _flatten(model)
+    starts = _units(layers)
+    groups = [layers[start:end] for start, end in zip(starts, [*starts[1:], len(layers)], strict=True)]
+    return [(group[0][0], nn.Sequential(*(layer for _, layer in group))) for group in groups]
 
 
 def _sequential(model: object) -> nn.Sequential:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockprop.algorithm import Backprop, BlockProp
 from blockprop.checkpoint import Checkpoints
@@ -17,7 +17,7 @@ from blockprop.executors import Executor, PipelinedExecutor, StepReport
 from blockprop.executors.executor import check_finite
 from blockprop.metrics import Metrics
 
-__all__ = ["Means", "Score", "Training", "score"]
+__all__ = ["Means", "Score", "Training", "lives_here", "score", "weights_here"]
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,39 @@ class Score:
 def score(algo: BlockProp | Backprop, split: Split, batch_size: int = 128) -> Score:
     """Loss and accuracy on a part of a dataset, in evaluation mode and without augmentation.
 
+    With a process for every block all call it alike, and all get the score.
+
     Raises:
         ValueError: the part is empty, or the loss is not finite.
     """
     if len(split) == 0:
         raise ValueError("this part of the dataset is empty; expected at least one example to score on")
     total, count, right, known = 0.0, 0.0, 0, True
+    remote = algo.remote
     for ids in torch.split(torch.arange(len(split)), batch_size):
-        inputs, targets = split.batch(ids)
-        outputs = algo.predict(inputs)
-        targets = targets.to(outputs.device)
+        outputs = algo.predict(split.batch_inputs(ids) if remote is None or remote.first else None)
+        if outputs is None:
+            continue
+        targets = split.batch_targets(ids).to(outputs.device)
         mean, predictions = algo.loss(outputs, targets)
         correct = algo.loss.correct(outputs, targets)
         known = known and correct is not None
         right += correct or 0
         total += check_finite(mean) * predictions
         count += predictions
-    return Score(total / count, right / count if known else None)
+    if remote is None:
+        return Score(total / count, right / count if known else None)
+    return Score(*remote.share([total / count, right / count if known else None] if remote.last else None))
+
+
+def weights_here(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights and buffers by name, without those of blocks that live in other processes."""
+    return {name: value for name, value in model.state_dict().items() if not value.is_meta}
+
+
+def lives_here(block: nn.Module) -> bool:
+    """Whether a block's weights are in this process; elsewhere they are on the meta device."""
+    return not any(parameter.is_meta for parameter in block.parameters())
 
 
 @dataclass
@@ -67,10 +83,12 @@ class Means:
     unlinked: int = 0
     age: list[float] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
+    waited: float = 0.0
 
     def add(self, report: StepReport) -> None:
         """Count a step in."""
         self.examples += report.examples
+        self.waited += report.waited
         if math.isnan(report.loss):
             self.silent += report.examples
         else:
@@ -191,7 +209,9 @@ class Training:
         self.step = 0
         self.samples = 0
         self.seconds = 0.0
+        self.waited = 0.0  # of these, for other processes
         self.window = Means()  # since the last row of metrics
+        self._logged = 0.0  # seconds at that row
         self.epoch_means = Means()  # since the epoch began
         self.last_epoch: dict[str, Any] = {}
         self.score: Score | None = None  # the latest evaluation
@@ -216,13 +236,15 @@ class Training:
                 for index in range(first, min(len(order), first + self.total_steps - self.step)):
                     self._take(epoch, index, order[index])
         finally:
-            self.algo.close()
+            if self.algo.remote is None:
+                self.algo.close()
 
     def _take(self, epoch: int, index: int, ids: Tensor) -> None:
         start = time.perf_counter()
-        inputs, targets = self.dataset.train.batch(ids, batch_generator(self.seed, epoch, index))
+        ids, inputs, targets = self._batch(ids, batch_generator(self.seed, epoch, index))
         self.seconds += time.perf_counter() - start
         if self.diagnose_every and self.step % self.diagnose_every == 0:
+            assert inputs is not None and targets is not None
             self._diagnose(inputs, targets)
         if index == 0:
             self.epoch_means = Means()
@@ -233,6 +255,7 @@ class Training:
             self.algo.finish()
         self.seconds += time.perf_counter() - start
         self.step += 1
+        self.waited += report.waited
         self.samples += report.examples
         self.window.add(report)
         self.epoch_means.add(report)
@@ -250,6 +273,14 @@ class Training:
         if self.on_step:
             self.on_step(self)
 
+    def _batch(self, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Any, Any]:
+        """Numbers, inputs and targets of a batch, as far as this process needs them; of replicas each has its share."""
+        if (remote := self.algo.remote) is None:
+            return ids, *self.dataset.train.batch(ids, generator)
+        ids = ids.tensor_split(remote.replicas)[remote.replica]
+        inputs = self.dataset.train.batch_inputs(ids, generator) if remote.first else None
+        return ids, inputs, self.dataset.train.batch_targets(ids) if remote.last else None
+
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         if self.metrics:
             epoch = round(self.step / self.steps_per_epoch, 6)
@@ -257,8 +288,13 @@ class Training:
 
     def _log(self) -> None:
         rate = self.samples / self.seconds if self.seconds else 0.0
-        lrs = [wstep.lr for wstep in self.algo.wsteps]
+        remote = self.algo.remote
+        lrs = [wstep.lr for wstep, block in zip(self.algo.wsteps, self.algo.blocks, strict=True) if lives_here(block)]
         timing = {"seconds": self.seconds, "samples_per_second": rate, "lr": lrs}
+        if remote is not None:
+            busy = 1 - self.window.waited / max(self.seconds - self._logged, 1e-9)
+            timing |= {"busy": busy, **{f"bytes_{way}": count for way, count in remote.traffic().items()}}
+        self._logged = self.seconds
         self._write("train", {**self.window.values(), **timing})
         self.window = Means()
 
@@ -284,7 +320,7 @@ class Training:
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, as a tree for [`save_state`][blockprop.checkpoint.save_state]."""
         return {
-            "model": dict(self.algo.blocks.model.state_dict()),
+            "model": weights_here(self.algo.blocks.model),
             "algorithm": self.algo.state_dict(),
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -315,7 +351,7 @@ class Training:
                 "run; expected more epochs or steps"
             )
         model = self.algo.blocks.model
-        ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        ours = {name: tuple(value.shape) for name, value in weights_here(model).items()}
         theirs = {name: tuple(value.shape) for name, value in state["model"].items()}
         if ours != theirs:
             odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
@@ -323,7 +359,7 @@ class Training:
                 f"the checkpoint is of another model: {odd[0]} is {theirs.get(odd[0], 'missing')} there and "
                 f"{ours.get(odd[0], 'missing')} here; expected the same model settings"
             )
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=self.algo.remote is None)
         self.algo.load_state_dict(state["algorithm"])
         torch.set_rng_state(state["random"])
         if state["cuda_random"] and torch.cuda.is_available():
@@ -331,5 +367,6 @@ class Training:
         self.step, self.samples, self.seconds = (state["position"][key] for key in ("step", "samples", "seconds"))
         self.window, self.epoch_means = Means(**state["window"]), Means(**state["epoch_means"])
         self.last_epoch = state["last_epoch"]
+        self._logged = self.seconds
         if self.metrics:
             self.metrics.rewind(self.step)

@@ -68,6 +68,8 @@ class WStep:
         self.clip = clip
         self.accumulate = accumulate
         self.calls = 0
+        self.average: Callable[[Sequence[nn.Parameter]], None] | None = None
+        """Called before every update, to average the gradients with those of the block's replicas elsewhere."""
 
     def add(self, gradients: Sequence[Tensor | None], divide_by: float = 1.0) -> None:
         """Take the gradients of one batch, one per parameter, each divided by `divide_by`, onto `.grad`."""
@@ -89,6 +91,8 @@ class WStep:
         self.calls += 1
         if self.optimizer is None or self.calls % self.accumulate:
             return
+        if self.average is not None:
+            self.average(self.parameters)
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()

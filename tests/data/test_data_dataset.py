@@ -82,3 +82,21 @@ def test_bad_data_are_one_line(train, test, options, message):
 def test_a_repr_is_short(targets, what):
     data = Dataset.from_tensors(pairs(targets=targets), pairs(targets=targets), name="mine")
     assert repr(data) == f"Dataset('mine': train 18, validation 2, test 20; inputs [3], {what})"
+
+
+@pytest.mark.parametrize("drop", [["only_inputs"], ["only_targets"], ["only_inputs", "only_targets"]])
+def test_a_dataset_of_one_side_keeps_its_form(drop):
+    whole = Dataset.from_tensors(pairs(), pairs(8), validation=0.25)
+    data = whole
+    for name in drop:
+        data = getattr(data, name)()
+    assert (data.classes, data.input_shape, data.task) == (4, (3,), "classification")
+    assert repr(data) == repr(whole)
+    for part in ("train", "validation", "test"):
+        ours, theirs = getattr(data, part), getattr(whole, part)
+        assert len(ours) == len(theirs)
+        assert (ours.inputs.is_meta, ours.targets.is_meta) == ("only_targets" in drop, "only_inputs" in drop)
+        if drop == ["only_inputs"]:
+            assert torch.equal(ours.batch_inputs(torch.arange(2)), theirs.batch_inputs(torch.arange(2)))
+        if drop == ["only_targets"]:
+            assert torch.equal(ours.batch_targets(torch.arange(2)), theirs.batch_targets(torch.arange(2)))

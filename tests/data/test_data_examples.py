@@ -1,4 +1,5 @@
 import math
+import weakref
 
 import pytest
 import torch
@@ -118,3 +119,35 @@ def test_an_error_of_the_users_own_dataset_is_not_hidden():
 
     with pytest.raises(RuntimeError, match="my disk is full"):
         Examples.of(Broken())
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_inputs_and_targets_alone_are_those_of_the_batch(seed):
+    def generator():
+        return None if seed is None else torch.Generator().manual_seed(seed)
+
+    examples = Examples(torch.arange(12.0).view(4, 3), torch.arange(4), transform=torch.neg, augment=noisy)
+    ids = torch.tensor([3, 0])
+    inputs, targets = examples.batch(ids, generator())
+    for part in (examples, examples.only_inputs()):
+        assert torch.equal(part.batch_inputs(ids, generator()), inputs)
+    for part in (examples, examples.only_targets()):
+        assert torch.equal(part.batch_targets(ids, generator()), targets)
+
+
+def test_what_was_dropped_is_freed_and_refused_in_one_line():
+    inputs, targets = torch.rand(4, 3), torch.arange(4)
+    freed = [weakref.ref(inputs.untyped_storage()), weakref.ref(targets.untyped_storage())]
+    examples = Examples(inputs, targets)
+    del inputs, targets
+    examples = examples.only_targets()
+    assert [ref() is None for ref in freed] == [True, False]
+    for ask in (examples.batch_inputs, examples.batch):
+        with pytest.raises(ValueError, match="these examples were made without inputs; expected"):
+            ask(torch.arange(2))
+    del ask
+    examples = examples.only_inputs()
+    assert [ref() is None for ref in freed] == [True, True]
+    assert len(examples) == len(examples.select(torch.arange(4))) == 4
+    with pytest.raises(ValueError, match="these examples were made without targets"):
+        examples.batch_targets(torch.arange(2))

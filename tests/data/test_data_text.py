@@ -108,3 +108,15 @@ def test_a_missing_text_is_named(tmp_path, name):
 
 def test_a_repr_is_short():
     assert repr(Windows(torch.arange(100_000), context=64)) == "Windows(1562 of 64 tokens)"
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_inputs_and_targets_alone_are_those_of_the_batch(path, seed):
+    def generator():
+        return None if seed is None else torch.Generator().manual_seed(seed)
+
+    data, ids = load(str(path), context=16), torch.arange(5)
+    inputs, targets = data.train.batch(ids, generator())
+    assert torch.equal(data.only_inputs().train.batch_inputs(ids, generator()), inputs)
+    assert torch.equal(data.only_targets().train.batch_targets(ids, generator()), targets)
+    assert len(data.only_targets().test) == len(data.test)

@@ -11,6 +11,8 @@ from blockprop.data.holdout import check_fraction, hold_out
 
 Task = Literal["classification", "language", "regression"]
 
+_PARTS = ("train", "validation", "test")
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -110,10 +112,29 @@ class Dataset:
             raise ValueError(f"train size is {count}; expected a number from 1 to {len(self.train)}")
         return replace(self, train=self.train.select(torch.arange(count)))
 
+    def only_inputs(self) -> "Dataset":
+        """The dataset for whoever reads inputs alone, as the first block does: targets are dropped from every part.
+
+        Their memory is free once nothing else holds the whole dataset. `only_inputs().only_targets()` drops both,
+        for the blocks between; lengths, shape, classes and task stay.
+
+        >>> pairs = torch.rand(20, 3), torch.arange(20) % 4
+        >>> data = Dataset.from_tensors(pairs, pairs).only_inputs()
+        >>> data.train.batch_inputs(torch.arange(2)).shape, data.classes
+        (torch.Size([2, 3]), 4)
+        """
+        parts = {part: getattr(self, part).only_inputs() for part in _PARTS}
+        return replace(self, **parts)
+
+    def only_targets(self) -> "Dataset":
+        """The dataset for whoever reads targets alone, as the loss does: inputs are dropped; see `only_inputs`."""
+        parts = {part: getattr(self, part).only_targets() for part in _PARTS}
+        return replace(self, **parts)
+
     @property
     def sample(self) -> Tensor:
         """Two training inputs [2, *input_shape] as the network reads them, to learn shapes or count FLOPs."""
-        return self.train.batch(torch.arange(2) % len(self.train))[0]
+        return self.train.batch_inputs(torch.arange(2) % len(self.train))
 
 
 def _examples(part: str, pairs: Pairs, transform: Transform, augment: Augment | None = None) -> Examples:

@@ -27,6 +27,18 @@ class Split(Protocol):
             generator: Given in training, where augmentation draws from it; None in evaluation.
         """
 
+    def batch_inputs(self, ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The inputs of `batch` alone: the same under a generator in the same state."""
+
+    def batch_targets(self, ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The targets of `batch` alone: the same under a generator in the same state."""
+
+    def only_inputs(self) -> "Split":
+        """This part without its targets, whose memory is freed once nothing else holds them."""
+
+    def only_targets(self) -> "Split":
+        """This part without its inputs, whose memory is freed once nothing else holds them."""
+
 
 def unchanged(inputs: Tensor) -> Tensor:
     """Return the inputs as they are: the transform of data that need none."""
@@ -65,7 +77,7 @@ class Examples:
         for name, values in (("inputs", self.inputs), ("targets", self.targets)):
             if values.ndim == 0:
                 raise ValueError(f"{name} is a single number; expected one row per example: stack them first")
-            if values.is_floating_point() and (bad := int((~values.isfinite()).sum())):
+            if values.is_floating_point() and not values.is_meta and (bad := int((~values.isfinite()).sum())):
                 raise ValueError(
                     f"{name} hold {bad} NaN or infinite values of {values.numel()}; "
                     f"expected finite numbers: clean or drop those examples"
@@ -110,14 +122,49 @@ class Examples:
 
     def batch(self, ids: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the examples ``ids`` [B]; see `Split.batch`."""
-        inputs = self.inputs[ids]
+        return self.batch_inputs(ids, generator), self.batch_targets(ids)
+
+    def batch_inputs(self, ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Inputs of the examples ``ids`` [B]; see `Split.batch`.
+
+        Raises:
+            ValueError: They were dropped by `only_targets`.
+        """
+        inputs = _held("inputs", self.inputs)[ids]
         if generator is not None and self.augment is not None:
             inputs = self.augment(inputs, generator)
-        return self.transform(inputs), self.targets[ids]
+        return self.transform(inputs)
+
+    def batch_targets(self, ids: Tensor, generator: torch.Generator | None = None) -> Tensor:  # noqa: ARG002
+        """Targets of the examples ``ids`` [B]; the generator is not drawn from.
+
+        Raises:
+            ValueError: They were dropped by `only_inputs`.
+        """
+        return _held("targets", self.targets)[ids]
+
+    def only_inputs(self) -> "Examples":
+        """These examples without their targets, which become a meta tensor: a shape without values or memory.
+
+        >>> examples = Examples(torch.ones(3, 2), torch.tensor([0, 1, 0])).only_inputs()
+        >>> len(examples), examples.batch_inputs(torch.tensor([1]))
+        (3, tensor([[1., 1.]]))
+        """
+        return replace(self, targets=self.targets.to("meta"))
+
+    def only_targets(self) -> "Examples":
+        """These examples without their inputs, which become a meta tensor: a shape without values or memory."""
+        return replace(self, inputs=self.inputs.to("meta"))
 
     def select(self, ids: Tensor) -> "Examples":
         """Copy the examples ``ids`` [M] into a part of their own, renumbered 0..M-1."""
         return replace(self, inputs=self.inputs[ids], targets=self.targets[ids])
+
+
+def _held(name: str, values: Tensor) -> Tensor:
+    if values.is_meta:
+        raise ValueError(f"these examples were made without {name}; expected to be asked for the rest alone")
+    return values
 
 
 def _form(values: Tensor) -> str:

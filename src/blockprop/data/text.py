@@ -48,6 +48,22 @@ class Windows:
         windows = self.tokens[starts[:, None] + torch.arange(self.context + 1)].long()
         return windows[:, :-1], windows[:, 1:]
 
+    def batch_inputs(self, ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Inputs of the windows ``ids`` [B], int64 [B, context]."""
+        return self.batch(ids, generator)[0]
+
+    def batch_targets(self, ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Next tokens of the windows ``ids`` [B], int64 [B, context]; the generator shifts them with their inputs."""
+        return self.batch(ids, generator)[1]
+
+    def only_inputs(self) -> "Windows":
+        """These windows as they are: inputs and targets are the same stream, a byte a character, so nothing goes."""
+        return self
+
+    def only_targets(self) -> "Windows":
+        """These windows as they are, as for `only_inputs`."""
+        return self
+
 
 def load(path: Path, *, name: str, validation: float = 0.1, context: int = 64) -> Dataset:
     """Load a UTF-8 text for a character-level language model.

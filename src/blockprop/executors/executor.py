@@ -61,12 +61,15 @@ class StepReport:
         loss: mean output loss of the batch, before the update; NaN where no batch came to the last block, as in
             the first steps of a pipeline.
         examples: examples in the batch.
-        links: one report per link, bottom link first; empty for backprop.
+        links: one report per link, bottom link first; empty for backprop. Where a process holds one block, that of
+            the link above it.
+        waited: seconds that the process waited for others.
     """
 
     loss: float
     examples: int
     links: list[LinkReport] = field(default_factory=list)
+    waited: float = 0.0
 
     def __repr__(self) -> str:
         gluing = ", ".join(f"{value:.3g}" for value in self.gluing_loss)
@@ -90,8 +93,8 @@ class Executor(Protocol):
     def step(
         self,
         stages: Sequence[Stage],
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Any,
+        targets: Any,
         *,
         ids: Tensor | None = None,
         update: bool = True,

@@ -80,6 +80,35 @@ class Mail(Protocol):
 class Remote(Protocol):
     """The other processes of a run, seen from one that holds a part of the blocks."""
 
+    @property
+    def first(self) -> bool:
+        """Whether the first block lives here, which reads the inputs."""
+        ...
+
+    @property
+    def last(self) -> bool:
+        """Whether the last block lives here, which reads the labels."""
+        ...
+
+    @property
+    def replica(self) -> int:
+        """Which replica of its block this process has, from 0."""
+        ...
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas every block has; each takes its share of every batch."""
+        ...
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this process has waited for others."""
+        ...
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes sent so far, to the block above ("up"), the one below ("down") and the replicas ("across")."""
+        ...
+
     def mail(self, lates: Sequence[LateStage]) -> Mail:
         """The mail of the blocks here."""
         ...
@@ -245,10 +274,12 @@ class PipelinedExecutor:
         if not update:
             raise ValueError("in a pipeline the blocks learn from different batches; expected the executor 'local'")
         self._begin(stages)
+        waited = 0.0 if self.remote is None else self.remote.waited
         examples = self._feed(inputs, targets, ids)
         report = _Report(len(stages) - 1)
         while not any(kind == "forward" and k == 1 and number >= self._fed for k, kind, number in self._next):
             self._carry_out(report)
+        report.waited = 0.0 if self.remote is None else self.remote.waited - waited
         return report.made(examples, self._links)
 
     @property
@@ -276,6 +307,10 @@ class PipelinedExecutor:
     def _quiet(self, number: int) -> bool:
         batch = number // self.microbatches
         return batch < len(self._without) and self._without[batch]
+
+    def bytes_in_flight(self) -> int:
+        """Bytes kept here until feedback comes."""
+        return sum(late.bytes_in_flight() for late in self._lates)
 
     def drain(self, stages: Sequence[Stage]) -> StepReport:
         """Train on what is still on its way, and take nothing new in."""
@@ -476,6 +511,7 @@ class _Report:
     def __init__(self, links: int) -> None:
         self._loss = [0.0, 0.0]
         self._links: list[LinkReport | None] = [None] * links
+        self.waited = 0.0
 
     def loss(self, value: float, part: _Part) -> None:
         self._loss[0] += value * part.share
@@ -496,4 +532,5 @@ class _Report:
         total, share = self._loss
         links = [link for link in self._links if link is not None]
         # while the pipeline fills, the lower links have nothing to report yet
-        return StepReport(total / share if share else math.nan, examples, links if len(links) == expected else [])
+        complete = links if len(links) == expected else []
+        return StepReport(total / share if share else math.nan, examples, complete, self.waited)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from blockprop.executors.executor import DivergedError
-from blockprop.experiments.run import read_json, resume, run, settings_of, write_json
+from blockprop.experiments.folder import read_json, settings_of, write_json
+from blockprop.experiments.run import resume, run
 from blockprop.experiments.settings import Settings
 
 __all__ = ["Plan", "Planned", "compare", "folder_name", "work_off"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from blockprop.experiments.run import read_json, settings_of
+from blockprop.experiments.folder import read_json, settings_of
 from blockprop.experiments.settings import BLOCKPROP_ONLY, Settings
 from blockprop.metrics import read_metrics
 

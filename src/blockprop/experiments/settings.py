@@ -18,10 +18,12 @@ from blockprop.executors import CachedExecutor, Executor, PipelinedExecutor, Rep
 from blockprop.experiments.optimizers import OptimizerName, optimizer_named
 from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
+from blockprop.latestage import Correction
 from blockprop.models.catalogue import sizes
 from blockprop.penalties import Huber, Penalty, Squared
 from blockprop.proximal import proximal_sgd
-from blockprop.schedules import Latency
+from blockprop.runtime import FreeRunningExecutor, Neighbours
+from blockprop.schedules import Latency, sequential
 from blockprop.split import SplitBy
 from blockprop.wstep import OptimizerFactory
 
@@ -31,8 +33,9 @@ _DATA = Group("Data", sort_key=1)
 _MODEL = Group("Model", sort_key=2)
 _ALGORITHM = Group("Algorithm", sort_key=3)
 _SCHEDULE = Group("Schedule", sort_key=4)
-_OPTIMIZER = Group("Optimizer", sort_key=5)
-_RUN = Group("Run", sort_key=6)
+_PROCESSES = Group("Processes", sort_key=5)
+_OPTIMIZER = Group("Optimizer", sort_key=6)
+_RUN = Group("Run", sort_key=7)
 
 
 def _option(group: Group, help_text: str, **more: Any) -> Parameter:
@@ -73,7 +76,8 @@ _PIPELINE_ONLY = (
     "compensation",
     "delay_annealing",
 )
-_SYNC_ONLY = ("executor", "recompute")
+_PROCESSES_ONLY = ("policy", "in_flight", "messages", "replicas")
+_LOCK_STEP_ONLY = ("microbatches", "latency", "lost")
 
 _EPOCHS = {"digits": 30, "mnist": 5, "fashion-mnist": 5, "cifar10": 10}
 
@@ -144,7 +148,10 @@ class Settings:
     ] = "descent"
     h_momentum: Annotated[float, _option(_ALGORITHM, "Momentum of the solver of that name.")] = 0.5
     executor: Annotated[
-        Literal["local", "threads"], _option(_ALGORITHM, "One block after the other, or W-steps in parallel threads.")
+        Literal["local", "threads", "processes"],
+        _option(
+            _ALGORITHM, "One block after the other, W-steps in parallel threads, or every block in its own process."
+        ),
     ] = "local"
     devices: Annotated[
         tuple[str, ...],
@@ -157,13 +164,14 @@ class Settings:
     ] = False
 
     schedule: Annotated[
-        Literal["sync", "cached", "pipelined"],
+        Literal["sync", "cached", "pipelined"] | None,
         _option(
             _SCHEDULE,
             "sync: one batch up and down, Algorithm 1; cached: feedback every --refresh epochs only, between them the "
-            "last one of each example; pipelined: all blocks busy on different batches, and feedback is late.",
+            "last one of each example; pipelined: all blocks busy on different batches, and feedback is late. Default: "
+            "sync; with --executor processes pipelined.",
         ),
-    ] = "sync"
+    ] = None
     feedback: Annotated[
         Literal["target", "gradient", "stashed"],
         _option(
@@ -223,6 +231,26 @@ class Settings:
         int, _option(_SCHEDULE, "Steps over which step sizes rise from 1/delay of a block to their value (PipeMare).")
     ] = 0
 
+    policy: Annotated[
+        Literal["lock-step", "free-running"],
+        _option(
+            _PROCESSES,
+            "lock-step: fixed delays, and the numbers of the same schedule in one process; free-running: no block "
+            "waits for a tick, and what bounds the delay is --in-flight.",
+        ),
+    ] = "lock-step"
+    in_flight: Annotated[
+        int, _option(_PROCESSES, "Batches that a free-running block may have on their way for each block above it.")
+    ] = 2
+    messages: Annotated[
+        Literal["float32", "bfloat16", "int8"],
+        _option(_PROCESSES, "Numbers between processes, both ways; int8 has a scale per example."),
+    ] = "float32"
+    replicas: Annotated[
+        int,
+        _option(_PROCESSES, "Processes for each block, each with its share of every batch; gradients are averaged."),
+    ] = 1
+
     optimizer: Annotated[
         OptimizerName | None,
         _option(_OPTIMIZER, "Optimizer of every block; muon has AdamW for what is no matrix. Default: by the model."),
@@ -271,6 +299,11 @@ class Settings:
         int, _option(_RUN, "Steps between diagnostics: alignment with backprop, curvature. 0: never.")
     ] = 0
 
+    @property
+    def who_does_what(self) -> Literal["sync", "cached", "pipelined"]:
+        """The schedule, chosen if need be."""
+        return self.schedule or ("pipelined" if self.executor == "processes" else "sync")
+
     def resolved(self) -> "Settings":
         """With every None that stands for a choice replaced by the choice; twice is as good as once.
 
@@ -310,35 +343,62 @@ class Settings:
             raise ValueError(
                 f"--block-lr lists {len(self.block_lr)} step sizes for {blocks} blocks; expected one per block"
             )
-        if self.schedule == "cached" and (text or (self.data == "cifar10" if self.augment is None else self.augment)):
+        augment = self.data == "cifar10" if self.augment is None else self.augment
+        if self.who_does_what == "cached" and (text or augment):
             raise ValueError(
                 f"--schedule cached keeps feedback by example, and {self.data} shows an example differently in every "
                 f"epoch; expected a fixed view: {'other data' if text else '--no-augment'}"
             )
+        self._check_processes()
         unsaid = self.epochs is None and self.steps is None
         own = sizes(model)
         return replace(
             self,
             blocks=blocks,
-            augment=self.data == "cifar10" if self.augment is None else self.augment,
+            augment=augment,
+            schedule=self.who_does_what if self.algorithm == "blockprop" else None,
             model=model,
             width=own.get("width") if self.width is None else self.width,
             depth=own.get("depth") if self.depth is None else self.depth,
             h_lr=self._h_lr() if self.algorithm == "blockprop" else None,
-            threads=torch.get_num_threads() if self.threads is None else self.threads,
+            threads=self._threads(blocks) if self.threads is None else self.threads,
             optimizer=name,
             microbatches=self._microbatches(),
-            cache="memory" if self.schedule == "cached" and self.cache == "none" else self.cache,
+            cache="memory" if self.who_does_what == "cached" and self.cache == "none" else self.cache,
             lr=lr if self.lr is None else self.lr,
             momentum=momentum if self.momentum is None else self.momentum,
-            warmup=0 if self.warmup is None and self.schedule != "pipelined" else self.warmup,
+            warmup=0 if self.warmup is None and self.who_does_what != "pipelined" else self.warmup,
             epochs=_EPOCHS.get(self.data, 5) if unsaid else self.epochs,
         )
 
-    def unused(self) -> dict[str, str]:
+    def _threads(self, blocks: int) -> int:
+        """All cores, shared among the processes."""
+        processes = blocks * self.replicas if self.executor == "processes" else 1
+        return max(1, torch.get_num_threads() // processes)
+
+    def _check_processes(self) -> None:
+        for flag, value in (("--in-flight", self.in_flight), ("--replicas", self.replicas)):
+            if value < 1:
+                raise ValueError(f"{flag} is {value}; expected a whole number of at least 1")
+        if self.executor != "processes":
+            return
+        if self.split_by == "time":
+            raise ValueError(
+                "--split-by time is measured anew in every process, and the cuts would differ; expected flops or "
+                "layers, or --split-at"
+            )
+        if self.policy == "free-running" and self.who_does_what == "sync":
+            raise ValueError("--policy free-running has no use for --schedule sync; expected pipelined or cached")
+        if self.policy == "free-running" and self.replicas > 1:
+            raise ValueError(
+                "--replicas average their gradients at every update, which free-running ones do at different times; "
+                "expected --policy lock-step"
+            )
+
+    def unused(self) -> dict[str, str]:  # noqa: PLR0912 - a table in words
         """Settings that were changed but have no effect beside the others, and for each a line that says why."""
         found: dict[str, str] = {}
-        schedule = "sync" if self.algorithm == "backprop" else self.schedule
+        schedule = "sync" if self.algorithm == "backprop" else self.who_does_what
         if schedule != "pipelined":
             found |= dict.fromkeys(_PIPELINE_ONLY, "is of --schedule pipelined")
         if schedule != "cached":
@@ -352,20 +412,41 @@ class Settings:
         if self.algorithm == "backprop":
             found |= dict.fromkeys(BLOCKPROP_ONLY, "is of blockprop, not of --algorithm backprop")
         else:
-            if self.schedule != "sync":
-                found |= dict.fromkeys(_SYNC_ONLY, "is of --schedule sync")
-            if self.schedule == "cached":
+            if schedule != "sync":
+                found["recompute"] = "is of --schedule sync"
+                if self.executor == "threads":
+                    found["executor"] = "threads is of --schedule sync"
+            if schedule == "cached":
                 found["diagnose_every"] = "is of --schedule sync or pipelined"
             if self.h_solver != "momentum":
                 found["h_momentum"] = f"is of --h-solver momentum, not of {self.h_solver}"
             if self.h_solver == "gauss-newton":
                 found["h_lr"] = "is of the other h-solvers; gauss-newton has no step size"
+        if self.executor != "processes" or self.algorithm == "backprop":
+            found |= dict.fromkeys(_PROCESSES_ONLY, "is of --executor processes")
+        else:
+            found |= dict.fromkeys(("recompute", "replay", "diagnose_every"), "is of one process")
+            if self.policy == "free-running":
+                found |= dict.fromkeys(_LOCK_STEP_ONLY, "is of --policy lock-step")
+            else:
+                found["in_flight"] = "is of --policy free-running"
         defaults = Settings()
         return {
             key: f"--{key.replace('_', '-')} {why}: leave it out"
             for key, why in found.items()
             if getattr(self, key) != getattr(defaults, key)
         }
+
+    @classmethod
+    def of_dict(cls, recorded: dict[str, Any]) -> "Settings":
+        """What `as_dict` returned; what an older run did not record is at its default."""
+        if "lr_schedule" not in recorded and "schedule" in recorded:
+            recorded = {**recorded, "lr_schedule": recorded["schedule"], "schedule": None}  # its name in older runs
+        values = {key: recorded.get(key, default) for key, default in asdict(cls()).items()}
+        for key in ("penalty", "split_at", "block_lr", "devices"):
+            values[key] = tuple(values[key])
+        values["data_dir"] = None if values["data_dir"] is None else Path(values["data_dir"])
+        return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
@@ -390,32 +471,50 @@ class Settings:
             case _:
                 return GradientDescent(self.h_steps, self.h_lr)
 
-    def executor_for(self, examples: int) -> str | Executor:
+    def executor_for(self, examples: int, remote: Neighbours | None = None) -> str | Executor:
         """Who carries out the schedule, on so many training examples.
+
+        Args:
+            examples: in the training set.
+            remote: the other processes, for the executor "processes".
 
         Raises:
             ValueError: a cache that cannot be made.
         """
-        if self.schedule == "sync":
+        if self.executor == "processes":
+            assert remote is not None
+            return self._in_processes(examples, remote)
+        if self.who_does_what == "sync":
             return self.executor
-        known = None if self.curvature == "auto" else self.curvature
-        curvature = Constant(0.0) if self.feedback != "target" else None if known is None else Constant(known)
-        if self.schedule == "cached":
-            cache = GluingCache(
-                examples,
-                path=None if self.cache in ("none", "memory") else Path(self.cache),
-                dtype=getattr(torch, self.cache_dtype),
-                limit=None if self.cache_limit is None else int(self.cache_limit * 2**30),
-            )
-            if self.replay:
-                return ReplayedExecutor(cache, refresh=self.refresh)
-            return CachedExecutor(cache, refresh=self.refresh, curvature=curvature)
-        parts = self._microbatches()
-        assert parts is not None
+        if self.who_does_what == "cached" and self.replay:
+            return ReplayedExecutor(self._cache(examples), refresh=self.refresh)
+        if self.who_does_what == "cached":
+            return CachedExecutor(self._cache(examples), refresh=self.refresh, curvature=self._curvature())
+        return self._pipeline()
+
+    def _in_processes(self, examples: int, remote: Neighbours) -> Executor:
+        if self.who_does_what == "sync":
+            return PipelinedExecutor(sequential, curvature=Constant(0.0), remote=remote)
+        caching = self.who_does_what == "cached"
+        cached: dict[str, Any] = {"cache": lambda: self._cache(examples), "refresh": self.refresh} if caching else {}
+        if self.policy == "lock-step":
+            return self._pipeline(remote=remote, **cached)
+        return FreeRunningExecutor(remote, in_flight=self.in_flight, correction=self._correction(), **cached)
+
+    def _pipeline(self, **more: Any) -> PipelinedExecutor:
+        latency = Latency(self.latency, self.lost, self.seed)
+        parts = self._microbatches() or 1
+        return PipelinedExecutor(microbatches=parts, latency=latency, correction=self._correction(), **more)
+
+    def _curvature(self) -> Constant | None:
+        if self.feedback != "target":
+            return Constant(0.0)
+        return None if self.curvature == "auto" else Constant(self.curvature)
+
+    def _correction(self) -> Correction:
+        curvature = self._curvature()
         apart = curvature is None and self.directions == "both"  # a κ that is given is for all directions
-        return PipelinedExecutor(
-            microbatches=parts,
-            latency=Latency(self.latency, self.lost, self.seed),
+        return Correction(
             curvature=curvature,
             along=apart or self.directions == "along",
             across=Secant() if apart else None,
@@ -424,8 +523,16 @@ class Settings:
             compensation=self.compensation,
         )
 
+    def _cache(self, examples: int) -> GluingCache:
+        return GluingCache(
+            examples,
+            path=None if self.cache in ("none", "memory") else Path(self.cache),
+            dtype=getattr(torch, self.cache_dtype),
+            limit=None if self.cache_limit is None else int(self.cache_limit * 2**30),
+        )
+
     def _microbatches(self) -> int | None:
-        if self.schedule != "pipelined" or self.microbatches is not None:
+        if self.who_does_what != "pipelined" or self.microbatches is not None or self.policy == "free-running":
             return self.microbatches
         return max(1, min(2 * (self.blocks - 1), self.batch_size // 4))
 
@@ -456,7 +563,7 @@ class Settings:
 
     def schedulers(self, total_steps: int) -> list[Callable[[Optimizer], Any]] | None:
         """Of each block: warm-up, decay, the rise from a step size over the delay; None if all are constant."""
-        pipelined = self.schedule == "pipelined" and self.algorithm == "blockprop"
+        pipelined = self.who_does_what == "pipelined" and self.algorithm == "blockprop"
         warmup = (total_steps // 10 if pipelined else 0) if self.warmup is None else self.warmup
         annealing = self.delay_annealing if pipelined else 0
         if self.lr_schedule == "constant" and warmup == annealing == 0:

@@ -19,6 +19,9 @@ from blockprop.runtime.rendezvous import LOOPBACK, Rendezvous
 
 __all__ = ["Edge", "Post"]
 
+_COARSE = ("output", "feedback")
+_TRAINING = (*_COARSE, "points", "slopes")
+
 
 class Post:
     """What has arrived at a process and is not yet taken, from all its edges.
@@ -138,7 +141,7 @@ class Edge:
     ) -> None:
         self.name = name
         self._peer, self._post, self._precision = int(not upper), post, precision
-        self.sent_bytes = self.received_bytes = self.sent_messages = 0
+        self.sent_bytes = self.sent_messages = 0  # of training alone
         self._group = gloo(rendezvous, f"edge {name}", int(upper), 2, listen=listen, timeout=timeout)
         self._outbox: queue.Queue[Message | None] = queue.Queue(queue_length)
         self._closing = False
@@ -166,12 +169,12 @@ class Edge:
     def _send_all(self) -> None:
         try:
             while (message := self._outbox.get()) is not None:
-                coarse = message.kind in ("output", "feedback")
-                body = pack(message, self._precision if coarse else "float32")
+                body = pack(message, self._precision if message.kind in _COARSE else "float32")
                 self._group.send([torch.tensor([len(body)])], self._peer, 0).wait()
                 self._group.send([body], self._peer, 0).wait()
-                self.sent_bytes += len(body) + 8
-                self.sent_messages += 1
+                if message.kind in _TRAINING:
+                    self.sent_bytes += len(body) + 8
+                    self.sent_messages += 1
             self._group.send([torch.tensor([-1])], self._peer, 0).wait()
         except RuntimeError as error:
             if not self._closing:
@@ -186,7 +189,6 @@ class Edge:
                     return
                 body = torch.empty(int(length), dtype=torch.uint8)
                 self._group.recv([body], self._peer, 0).wait()
-                self.received_bytes += len(body) + 8
                 self._post.put(self.name, unpack(body))
         except (RuntimeError, ValueError) as error:
             if not self._closing:

@@ -84,6 +84,7 @@ class FreeRunningExecutor:
         if not update:
             raise ValueError("in a pipeline the blocks learn from different batches; expected the executor 'local'")
         late = self._furnish(stages)
+        waited = self.remote.post.waited
         known = next(value for value in (inputs, targets, ids) if value is not None)
         number, quiet = self._fed, False
         if self.cache is not None and self._visits is not None:
@@ -118,7 +119,7 @@ class FreeRunningExecutor:
                 assert ids is not None
                 report.learnt(late.learn_cached(number, ids, 1.0))
                 late.update()
-        return report.made(len(known))
+        return report.made(len(known), self.remote.post.waited - waited)
 
     def _furnish(self, stages: Sequence[Stage]) -> LateStage:
         if self._late is None:
@@ -187,12 +188,16 @@ class FreeRunningExecutor:
         elif slopes:
             late.measured(points, slopes)
 
+    def bytes_in_flight(self) -> int:
+        """Bytes kept here until feedback comes."""
+        return 0 if self._late is None else self._late.bytes_in_flight()
+
     def drain(self, stages: Sequence[Stage]) -> StepReport:  # noqa: ARG002
         """Learn from what is still on its way, and take nothing new in."""
         report = _Report()
         while self._late is not None and self._late.flights:
             self._wait(self._late, report, "feedback")
-        return report.made(0)
+        return report.made(0, 0.0)
 
     def close(self) -> None:
         """Part from the neighbours."""
@@ -216,7 +221,7 @@ class FreeRunningExecutor:
         """Continue from what `state_dict` returned, with the same settings."""
         self._furnish(stages).load_state_dict(state["late"])
         self._fed = state["fed"]
-        self._ids = {n: ids for n, ids in state["ids"]}
+        self._ids = dict(state["ids"])
         if self._visits is not None:
             self._visits.counts = state["visits"]
         self.correction.load_state_dict(state["correction"])
@@ -241,5 +246,5 @@ class _Report:
             drift=learnt.drift,
         )
 
-    def made(self, examples: int) -> StepReport:
-        return StepReport(self.loss, examples, [] if self._link is None else [self._link])
+    def made(self, examples: int, waited: float) -> StepReport:
+        return StepReport(self.loss, examples, [] if self._link is None else [self._link], waited)

@@ -14,6 +14,7 @@ from blockprop.runtime.edge import Edge, Post
 from blockprop.runtime.mail import RemoteMail
 from blockprop.runtime.message import Message, Precision
 from blockprop.runtime.rendezvous import LOOPBACK, Place, Rendezvous
+from blockprop.runtime.replicas import Replicas
 
 __all__ = ["Neighbours"]
 
@@ -43,6 +44,7 @@ class Neighbours:
     ) -> None:
         self.place = place
         self.post = Post(capacity)
+        self.own = Replicas(place, rendezvous, listen=listen) if place.replicas > 1 else None
         self._counter = itertools.count()
 
         def edge(lower: int) -> Edge:
@@ -53,6 +55,31 @@ class Neighbours:
         # bottom first in every process: nobody waits for one who waits for another
         self.below = edge(place.block - 1) if place.block > 1 else None
         self.above = edge(place.block) if not place.top else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first block's process."""
+        return self.below is None
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last block's process."""
+        return self.above is None
+
+    @property
+    def replica(self) -> int:
+        """r, from 0."""
+        return self.place.replica
+
+    @property
+    def replicas(self) -> int:
+        """R."""
+        return self.place.replicas
+
+    @property
+    def waited(self) -> float:
+        """Seconds waited for messages, or for room to send them."""
+        return self.post.waited
 
     def mail(self, lates: Sequence[LateStage]) -> Mail:
         """See [`Remote`][blockprop.executors.pipelined.Remote]."""
@@ -95,10 +122,11 @@ class Neighbours:
             self.post.take("mark from above", number)
 
     def traffic(self) -> dict[str, int]:
-        """Bytes that were sent up and down so far, heads of messages included."""
+        """Bytes sent so far, heads of messages included; see `Remote`."""
         return {
             "up": 0 if self.above is None else self.above.sent_bytes,
             "down": 0 if self.below is None else self.below.sent_bytes,
+            "across": 0 if self.own is None else self.own.bytes,
         }
 
     def close(self) -> None:

@@ -1,0 +1,82 @@
+"""A run's folder: what is written there, and how it is read back."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import blockprop
+from blockprop.checkpoint import write_atomically
+from blockprop.experiments.settings import Settings
+from blockprop.metrics import finite
+
+__all__ = ["check_empty", "check_folder", "read_json", "settings_of", "versions", "write_json"]
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be made because a file is in its place.
+
+    Raises:
+        ValueError: it, or a folder it would be in, is a file.
+    """
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file, not a folder; name another --out")
+
+
+def check_empty(out: Path) -> None:
+    """Refuse a folder for a new run that has something in it.
+
+    Raises:
+        ValueError: it has, or a file is in its place.
+    """
+    check_folder(out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} already holds a run or other files; name another --out, or continue it with --resume")
+
+
+def settings_of(out: Path) -> Settings:
+    """The settings recorded in a run's folder, resolved; what an older run did not record is at its default.
+
+    Raises:
+        ValueError: there is no run, or its configuration is not one of ours.
+    """
+    recorded = read_json(out / "config.json")
+    if missing := {"data", "model", "algorithm", "seed"} - recorded.keys():
+        raise ValueError(f"{out / 'config.json'} lacks {min(missing)!r}; expected one written by a run")
+    return Settings.of_dict(recorded).resolved()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"there is no {path}; expected the folder of a run") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); expected a file written by a run") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object; expected a file written by a run")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object to a file, atomically; NaN and infinity become null."""
+    write_atomically(path, (json.dumps(finite(content), indent=2) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    return {
+        "blockprop": blockprop.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }

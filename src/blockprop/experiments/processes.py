@@ -1,0 +1,446 @@
+"""A run with a process for every block: what one process does, and how they are started.
+
+Three ways lead here. `launch` starts all processes on this machine and shows them as one; `torchrun` starts them, on
+one machine or several; or somebody starts each with `blockprop worker`. The run's folder has a folder for each block,
+with its metrics, checkpoints and weights; what the last block's process knows of the whole, loss and scores, is at its
+root.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from blockprop import BlockProp
+from blockprop.checkpoint import Checkpoints, load_state, write_atomically
+from blockprop.data import Dataset
+from blockprop.errors import first_line
+from blockprop.executors import PipelinedExecutor
+from blockprop.experiments.board import Board, Reporter
+from blockprop.experiments.folder import settings_of, versions, write_json
+from blockprop.experiments.ingredients import (
+    cut_of,
+    dataset_of,
+    network_of,
+    summary_of,
+    trainer_of,
+    training_of,
+    weights_of,
+)
+from blockprop.experiments.settings import Settings
+from blockprop.metrics import Metrics
+from blockprop.partial import build_block, tensor_bytes
+from blockprop.runtime import FreeRunningExecutor, LostError, Neighbours, Place, Rendezvous
+from blockprop.runtime.rendezvous import LOOPBACK, free_port
+from blockprop.training import Training
+
+__all__ = ["assembled", "join", "launch", "of_torchrun", "places"]
+
+PATIENCE = 3.0
+"""Seconds that processes have to end by themselves once the run has failed or was stopped."""
+
+
+def places(settings: Settings) -> list[Place]:
+    """All places of a run, by rank."""
+    count = settings.blocks * settings.replicas
+    return [Place.of_rank(rank, settings.blocks, settings.replicas) for rank in range(count)]
+
+
+# -- one process
+
+
+def join(
+    settings: Settings,
+    out: Path,
+    place: Place,
+    connect: Callable[[], Rendezvous],
+    *,
+    listen: str = LOOPBACK,
+    resume: bool = False,
+    show: bool = False,
+    serving: bool = False,
+) -> dict[str, Any]:
+    """Train one block, in this process, with the others that meet at the same store.
+
+    Args:
+        settings: the run's, the same in all processes.
+        out: the run's folder; on several machines each has one of its own.
+        place: which block and replica this process is.
+        connect: to the store.
+        listen: this process's address for connections; default this machine alone.
+        resume: continue from the newest checkpoint that all processes have.
+        show: show the table of all blocks here.
+        serving: whether this process serves the store; it then leaves last.
+
+    Returns:
+        The summary of the run.
+
+    Raises:
+        ValueError: a user's mistake.
+        LostError: the run failed in another process, or was stopped.
+    """
+    rendezvous = connect()
+    block = _Block(settings, out, place, listen)
+    watch = threading.Thread(target=_watch, args=(rendezvous.again(), block), daemon=True)
+    watch.start()
+    try:
+        with _shown(rendezvous.again(), settings) if show else contextlib.nullcontext():
+            summary = block.train(rendezvous, resume=resume)
+        rendezvous.write(f"left/{place.name}", True)
+        for one in places(settings) if serving else ():
+            rendezvous.wait(f"left/{one.name}", 60)
+        return summary
+    except LostError as error:
+        # whoever failed says so; give the word time to come here
+        deadline = time.monotonic() + PATIENCE
+        while (failure := _failure(rendezvous)) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if failure is None:
+            rendezvous.fail(place.name, f"a neighbour's process is gone without a word ({error}): killed, or no memory")
+            failure = _failure(rendezvous) or {"where": "store", "why": str(error)}
+        raise LostError(f"stopped, since {failure['where']} failed: {failure['why']}") from error
+    except (ValueError, OSError) as error:
+        rendezvous.fail(place.name, f"{first_line(error)}")
+        raise
+    except BaseException as error:
+        rendezvous.fail(place.name, f"{type(error).__name__}: {first_line(error)}\n{traceback.format_exc()}")
+        raise
+
+
+def _failure(rendezvous: Rendezvous) -> dict[str, str] | None:
+    try:
+        return rendezvous.failure()
+    except Exception:
+        return {"where": "store", "why": "the process that serves the store is gone"}
+
+
+def _watch(rendezvous: Rendezvous, block: "_Block") -> None:
+    """Let what waits know when the run has failed elsewhere; end a process that does not hear of it."""
+    while _failure(rendezvous) is None:
+        if block.finished.wait(0.25):
+            return
+    block.lose("the run failed")
+    if not block.finished.wait(2 * PATIENCE):
+        os._exit(3)
+
+
+@contextlib.contextmanager
+def _shown(rendezvous: Rendezvous, settings: Settings) -> Any:
+    done = threading.Event()
+
+    def show() -> None:
+        with Board(rendezvous, places(settings)[:: settings.replicas], settings, quiet=False) as board:
+            while not done.wait(0.5):
+                with contextlib.suppress(Exception):  # the run's end says more than its board
+                    board.refresh()
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(1.0)
+
+
+class _Block:
+    """The training of one block in this process."""
+
+    def __init__(self, settings: Settings, out: Path, place: Place, listen: str) -> None:
+        self.settings, self.out, self.place, self.listen = settings, out, place, listen
+        self.folder = out / place.name
+        self.finished = threading.Event()
+        self._neighbours: Neighbours | None = None
+        self._most_in_flight = 0
+
+    def lose(self, why: str) -> None:
+        """End what waits for a neighbour."""
+        if self._neighbours is not None:
+            self._neighbours.post.lose(why)
+
+    def train(self, rendezvous: Rendezvous, *, resume: bool) -> dict[str, Any]:
+        """See `join`."""
+        try:
+            torch.set_num_threads(self.settings.threads or 1)
+            state = self._state(rendezvous) if resume else None
+            dataset = self._data()
+            algo, neighbours = self._algorithm(dataset, rendezvous)
+            training = self._training(algo, dataset, rendezvous, state)
+            try:
+                training.run()
+                summary = self._summary(training, rendezvous)
+            finally:
+                assert training.metrics is not None
+                training.metrics.close()
+            neighbours.close()
+            return summary
+        finally:
+            self.finished.set()
+
+    def _state(self, rendezvous: Rendezvous) -> dict[str, Any]:
+        """The newest checkpoint that all processes have."""
+        checkpoints = Checkpoints(self.folder / "checkpoints")
+        steps = {int(path.stem.removeprefix("step-")): path for path in checkpoints.paths()}
+        rendezvous.write(f"steps/{self.place.name}", list(steps))
+        common = set(steps)
+        for place in places(self.settings):
+            common &= set(rendezvous.wait(f"steps/{place.name}", 60))
+        if not common:
+            raise ValueError(f"{self.out} holds no checkpoint that all blocks have; start the run anew")
+        for step, path in steps.items():
+            if step > max(common):
+                path.unlink()
+        return load_state(steps[max(common)])
+
+    def _data(self) -> Dataset:
+        """What this block reads of the data: inputs, labels, or how many there are."""
+        settings, place = self.settings, self.place
+        dataset = dataset_of(settings)
+        rest = len(dataset.train) % settings.batch_size
+        if 0 < rest < settings.replicas:
+            raise ValueError(
+                f"an epoch's last batch has {rest} examples, fewer than --replicas {settings.replicas}; expected "
+                "another --batch-size or --train-size"
+            )
+        self._sample = dataset.sample.to("meta")
+        if place.block > 1:
+            dataset = dataset.only_targets()
+        return dataset if place.top else dataset.only_inputs()
+
+    def _algorithm(self, dataset: Dataset, rendezvous: Rendezvous) -> tuple[BlockProp, Neighbours]:
+        settings, place = self.settings, self.place
+        torch.manual_seed(settings.seed)
+        blocks = build_block(
+            lambda: network_of(settings, dataset), lambda model: cut_of(settings, model, self._sample), place.block
+        )
+        if settings.devices:
+            name = settings.devices[(place.block - 1) * len(settings.devices) // place.blocks]
+            try:
+                blocks[place.block - 1].to(torch.device(name))
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from error
+        # dropout masks of their own for every block and replica
+        torch.manual_seed(settings.seed * 1_000_003 + place.block * 1009 + place.replica)
+        self._neighbours = neighbours = Neighbours(
+            place, rendezvous, listen=self.listen, precision=settings.messages, capacity=16 * place.blocks + 64
+        )
+        executor = settings.executor_for(len(dataset.train), neighbours)
+        algo = trainer_of(settings, blocks, dataset, executor=executor)
+        assert isinstance(algo, BlockProp)
+        if neighbours.own is not None:
+            algo.wsteps[place.block - 1].average = neighbours.own.average
+        return algo, neighbours
+
+    def _training(
+        self, algo: BlockProp, dataset: Dataset, rendezvous: Rendezvous, state: dict[str, Any] | None
+    ) -> Training:
+        settings, place = self.settings, self.place
+        reporter = Reporter(rendezvous.again(), place)
+
+        def on_step(training: Training) -> None:
+            assert isinstance(algo.executor, PipelinedExecutor | FreeRunningExecutor)
+            self._most_in_flight = max(self._most_in_flight, algo.executor.bytes_in_flight())
+            reporter.update(training)
+
+        training = training_of(settings, algo, dataset, on_step)
+        root = self.out if place.top and place.replica == 0 else self.folder
+        training.metrics = Metrics(root / "metrics.jsonl", self.out / "tensorboard" / place.name)
+        training.checkpoints = Checkpoints(self.folder / "checkpoints")
+        if state is not None:
+            training.resume(state)
+        config = {**settings.as_dict(), "cut": algo.blocks.cut.as_dict(), "versions": versions()}
+        write_json(self.out / "config.json", config)
+        return training
+
+    def _summary(self, training: Training, rendezvous: Rendezvous) -> dict[str, Any]:
+        """Evaluate, write this block's weights, and put together what all processes know."""
+        settings, place = self.settings, self.place
+        summary = summary_of(settings, training)
+        if place.replica == 0:
+            write_atomically(self.folder / "model.safetensors", weights_of(training))
+        remote = training.algo.remote
+        assert remote is not None
+        optimizer = training.algo.wsteps[place.block - 1].optimizer
+        memory = tensor_bytes(training.algo.blocks[place.block - 1], optimizer)
+        own = {
+            "bytes_per_step": {way: count / training.step for way, count in remote.traffic().items()},
+            "memory": {**memory, "activations_in_flight": self._most_in_flight},
+            "busy": 1 - training.waited / training.seconds if training.seconds else 0.0,
+        }
+        rendezvous.write(f"done/{place.name}", own)
+        summary["processes"] = {one.name: rendezvous.wait(f"done/{one.name}", 600) for one in places(settings)}
+        if place.top and place.replica == 0:
+            write_json(self.out / "summary.json", summary)
+            rendezvous.write("summary", summary)
+        return summary
+
+
+def assembled(run: Path, path: Path) -> int:
+    """Write the weights of all blocks of a run into one file, by the names of the whole network.
+
+    Args:
+        run: the run's folder, with the folders of all blocks.
+        path: the safetensors file.
+
+    Returns:
+        How many tensors it holds.
+
+    Raises:
+        ValueError: it is no run of several processes, or a block's weights are missing.
+    """
+    settings = settings_of(run)
+    if settings.executor != "processes":
+        raise ValueError(f"{run} is a run in one process; its weights are in {run / 'model.safetensors'}")
+    weights: dict[str, Tensor] = {}
+    for k in range(1, settings.blocks + 1):
+        part = run / f"block-{k}" / "model.safetensors"
+        if not part.exists():
+            raise ValueError(
+                f"there is no {part}; expected a finished run, and the folders of all its blocks: copy those of other "
+                f"machines into {run}"
+            )
+        weights |= load_file(part)
+    write_atomically(path, save(weights))
+    return len(weights)
+
+
+# -- started by torchrun
+
+
+def of_torchrun(settings: Settings, out: Path, *, resume: bool, quiet: bool, listen: str = LOOPBACK) -> dict[str, Any]:
+    """Join a run that torchrun started, at the place of this process's rank.
+
+    Raises:
+        ValueError: the number of processes is not that of the blocks times the replicas; else as `join`.
+        LostError: as `join`.
+    """
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    count = settings.blocks * settings.replicas
+    if world != count:
+        raise ValueError(
+            f"torchrun started {world} processes for {settings.blocks} blocks"
+            + (f" x {settings.replicas} replicas" if settings.replicas > 1 else "")
+            + f"; expected --nproc-per-node and --nnodes to make {count}, or --blocks {world}"
+        )
+    place = Place.of_rank(rank, settings.blocks, settings.replicas)
+    return join(
+        settings, out, place, Rendezvous.of_torchrun, listen=listen, resume=resume, show=rank == 0 and not quiet
+    )
+
+
+# -- started here, all of them
+
+
+def launch(settings: Settings, out: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Start a process for every block on this machine, show them as one, and end them all, whatever happens.
+
+    Args:
+        settings: the run's.
+        out: the run's folder; empty or missing, unless resumed.
+        resume: continue from the newest checkpoint that all processes have.
+        quiet: show no progress.
+
+    Returns:
+        The summary of the run.
+
+    Raises:
+        ValueError: the one mistake or failure that ended the run.
+    """
+    address = LOOPBACK, free_port()
+    rendezvous = Rendezvous(address, host=True)
+    children = {place: _start(settings, out, place, address, resume=resume) for place in places(settings)}
+    try:
+        with Board(rendezvous, places(settings)[:: settings.replicas], settings, quiet=quiet) as board:
+            while all(child.poll() is None for child in children.values()):
+                board.refresh()
+                time.sleep(0.2)
+            while any(child.poll() is None for child in children.values()) and not _broken(children):
+                time.sleep(0.05)
+            board.refresh()
+            broken = _broken(children)  # before others are ended
+    except BaseException:
+        rendezvous.fail("the launcher", "stopped")
+        raise
+    finally:
+        _end(children)
+    if broken:
+        raise ValueError(_why(rendezvous, broken))
+    summary: dict[str, Any] = rendezvous.wait("summary", PATIENCE)
+    return summary
+
+
+def _start(
+    settings: Settings, out: Path, place: Place, address: tuple[str, int], *, resume: bool
+) -> subprocess.Popen[bytes]:
+    task = {"settings": settings.as_dict(), "out": str(out), "rank": places(settings).index(place), "resume": resume}
+    threads = str(settings.threads or 1)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from blockprop.experiments.processes import child; child()"],
+        stdin=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is the launcher's to pass on
+    )
+    assert child.stdin is not None
+    child.stdin.write(json.dumps({**task, "address": address}).encode())
+    child.stdin.close()
+    return child
+
+
+def child() -> None:
+    """The main program of a process that `launch` started: reads its task from standard input."""
+    task = json.loads(sys.stdin.read())
+    recorded = task["settings"]
+    settings = Settings.of_dict(recorded)
+    place = places(settings)[task["rank"]]
+    host, port = task["address"]
+    try:
+        join(settings, Path(task["out"]), place, lambda: Rendezvous((host, port)), resume=task["resume"])
+    except (ValueError, OSError, LostError):
+        os._exit(2)  # the launcher says why; threads that wait for a neighbour are not waited for
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def _broken(children: dict[Place, subprocess.Popen[bytes]]) -> dict[Place, int]:
+    """The processes that have ended as they should not, and their status."""
+    return {place: code for place, child in children.items() if (code := child.poll()) not in (None, 0)}
+
+
+def _end(children: dict[Place, subprocess.Popen[bytes]]) -> None:
+    """Wait for the processes; ask, then kill, those that do not end by themselves."""
+    living = list(children.values())
+    for ask in (None, signal.SIGTERM, signal.SIGKILL):
+        for one in living:
+            if ask is not None:
+                one.send_signal(ask)
+        deadline = time.monotonic() + (PATIENCE if ask is None else 1.0)
+        for one in living:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.wait(max(0.01, deadline - time.monotonic()))
+        living = [one for one in living if one.poll() is None]
+
+
+def _why(rendezvous: Rendezvous, broken: dict[Place, int]) -> str:
+    """The one thing that went wrong first."""
+    for place, code in broken.items():
+        if code < 0:
+            return f"the process of {place.name} was ended by signal {-code}, perhaps for lack of memory"
+    failure = rendezvous.failure()
+    if failure is None:
+        place, code = next(iter(broken.items()))
+        return f"the process of {place.name} ended with status {code}"
+    return f"{failure['where']}: {failure['why']}"

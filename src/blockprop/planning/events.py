@@ -1,0 +1,186 @@
+"""A discrete-event simulation: devices that work through their tasks and wait for each other's messages.
+
+A device does one task at a time. What it does next its *program* says, from the messages that have come so far. At
+the end of a task its messages go out, each over the link from this device to that one: one after the other at the
+link's bandwidth, and there after its latency. A message to oneself is there at once.
+"""
+
+import heapq
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from blockprop.planning.cluster import Cluster
+
+__all__ = ["Message", "Ordered", "Program", "Run", "Step", "Task", "simulate"]
+
+
+class Message(NamedTuple):
+    """What a task sends when it is done.
+
+    Attributes:
+        receiver: number of the device, from 0.
+        tag: what the receiver's program knows it by.
+        size: bytes; a message of 0 bytes costs nothing but the latency.
+    """
+
+    receiver: int
+    tag: Hashable
+    size: float
+
+
+class Task(NamedTuple):
+    """A piece of work.
+
+    Attributes:
+        seconds: on a device of speed 1 that works alone.
+        sends: the messages that go out at its end.
+        batch: whether the device is done with a batch at its end.
+    """
+
+    seconds: float
+    sends: tuple[Message, ...] = ()
+    batch: bool = False
+
+
+class Program(Protocol):
+    """What one device does."""
+
+    def receive(self, tag: Hashable) -> None:
+        """Take a message in."""
+        ...
+
+    def next(self) -> Task | None:
+        """The next task, which begins now; None to wait for a message."""
+        ...
+
+
+class Step(NamedTuple):
+    """A task of a fixed order, and the tags of the messages that it needs."""
+
+    needs: tuple[Hashable, ...]
+    task: Task
+
+
+class Ordered:
+    """A program that does its steps in a fixed order, each as soon as its messages are there.
+
+    Args:
+        steps: may be without an end.
+    """
+
+    def __init__(self, steps: Iterator[Step]) -> None:
+        self._steps = steps
+        self._head = next(steps, None)
+        self._arrived: set[Hashable] = set()
+
+    def receive(self, tag: Hashable) -> None:
+        """Take a message in."""
+        self._arrived.add(tag)
+
+    def next(self) -> Task | None:
+        """The next task of the order, if all that it needs is there."""
+        if self._head is None or not self._arrived.issuperset(self._head.needs):
+            return None
+        needs, task = self._head
+        self._arrived.difference_update(needs)
+        self._head = next(self._steps, None)
+        return task
+
+
+class Run(NamedTuple):
+    """What a simulation found.
+
+    Attributes:
+        ends: when each device was done with each batch, in seconds.
+        worked: for how many seconds each device had worked by then.
+    """
+
+    ends: list[list[float]]
+    worked: list[list[float]]
+
+    def rate(self) -> float:
+        """Batches per second of the slowest device, over the later half of the run.
+
+        What the slowest device does all others will do in the end, however far they still run ahead of it.
+        """
+        return min((len(ends) - 1 - len(ends) // 2) / (ends[-1] - ends[len(ends) // 2]) for ends in self.ends)
+
+    def busy(self) -> list[float]:
+        """Share of the time that each device works, from its work per batch at that rate."""
+        rate = self.rate()
+        return [min(1.0, rate * (at[-1] - at[len(at) // 2]) / (len(at) - 1 - len(at) // 2)) for at in self.worked]
+
+
+def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run:
+    """Run the programs until every device is done with so many batches.
+
+    Args:
+        programs: of every device.
+        cluster: their speeds and links.
+        batches: at least 4, so that half of them make a rate.
+
+    Raises:
+        ValueError: fewer batches.
+
+    A task takes its seconds divided by the device's speed, and `contention` times that if another device works when it
+    begins.
+
+    >>> from blockprop.planning.cluster import Link
+    >>> first = Ordered(Step((), Task(1.0, (Message(1, n, 125_000),), True)) for n in range(6))
+    >>> second = Ordered(Step((n,), Task(0.5, (), True)) for n in range(6))
+    >>> run = simulate([first, second], Cluster((1.0, 1.0), Link(bandwidth=1)), 4)
+    >>> run.ends
+    [[1.0, 2.0, 3.0, 4.0], [2.5, 3.5, 4.5, 5.5]]
+    >>> run.rate(), run.busy()
+    (1.0, [1.0, 0.5])
+    """
+    if batches < 4:
+        raise ValueError(f"cannot take a rate from {batches} batches; expected at least 4")
+    link, latency, slower = cluster.link, cluster.link.latency / 1e3, cluster.contention
+    free: dict[tuple[int, int], float] = {}  # when a link can take its next message
+    running: list[Task | None] = [None] * len(programs)
+    spent = [0.0] * len(programs)
+    run = Run([[] for _ in programs], [[] for _ in programs])
+    events: list[tuple[float, int, int, Hashable | None]] = []
+    working = unfinished = 0
+    number = 0
+
+    def begin(device: int, now: float) -> None:
+        nonlocal working, number
+        task = running[device] = programs[device].next()
+        if task is None:
+            return
+        seconds = task.seconds / cluster.speeds[device] * (slower if working else 1.0)
+        working += 1
+        spent[device] += seconds
+        heapq.heappush(events, (now + seconds, number := number + 1, device, None))
+
+    for device in range(len(programs)):
+        begin(device, 0.0)
+    unfinished = len(programs)
+    while unfinished:
+        assert events, "every device waits for another"
+        now, _, device, tag = heapq.heappop(events)
+        if tag is not None:
+            programs[device].receive(tag)
+            if running[device] is None:
+                begin(device, now)
+            continue
+        task = running[device]
+        assert task is not None
+        working -= 1
+        if task.batch and len(run.ends[device]) < batches:
+            run.ends[device].append(now)
+            run.worked[device].append(spent[device])
+            unfinished -= len(run.ends[device]) == batches
+        for receiver, sent, size in task.sends:
+            if receiver == device:
+                programs[device].receive(sent)
+                continue
+            through = now
+            if size:
+                through = max(now, free.get((device, receiver), 0.0)) + link.occupied(size)
+                free[device, receiver] = through
+            heapq.heappush(events, (through + latency, number := number + 1, receiver, sent))
+        begin(device, now)
+    return run
