@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from blockprop import split
+from blockprop import partial, split
 from blockprop.models import mlp
 from blockprop.models.gpt import gpt
 from blockprop.models.resnet import resnet18
@@ -216,6 +216,29 @@ def test_memory_is_kept_to_what_was_asked(name):
     total = sum(value.untyped_storage().nbytes() for value in build().state_dict().values())
     _, peak, largest = listened(build, sample, memory=total // 8)
     assert peak <= total // 8 + 5 * largest  # the tensors of an operation come on top
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_more_than_the_block_comes_back_into_memory(name, monkeypatch):
+    build, sample = ALL[name]
+    built, back = [], []
+
+    def heard():
+        model = build()
+        built.append(None)
+        return model
+
+    def entered(files, storage):
+        enter(files, storage)
+        if built:
+            back.append(storage.nbytes())
+
+    enter = partial._Filing._enter
+    monkeypatch.setattr(partial._Filing, "_enter", entered)
+    block = build_block(heard, cut_in(4, sample), 2, memory=0)[1]
+    found = tensor_bytes(block)
+    attributes = sum(v.nbytes for m in block.modules() for v in vars(m).values() if isinstance(v, Tensor))
+    assert sum(back) <= found["weights"] + found["buffers"] + attributes
 
 
 def test_tied_weights_and_what_two_blocks_read_stay_tied():

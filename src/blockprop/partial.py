@@ -65,8 +65,7 @@ def build_block(
             raise ValueError(f"build made a {type(model).__name__}; expected an nn.Sequential")
         places = list(_places(model))
         _set_meta(places)
-        placed = {tensor.untyped_storage() for _, _, tensor in places}
-        files.load([storage for storage in files.away if storage not in placed])
+        files.load_others([tensor for _, _, tensor in places])
         try:
             blocks = cut(model)
             if blocks.cut.by == "time":
@@ -216,6 +215,11 @@ class _Filing(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 storage.copy_(UntypedStorage.from_file(str(path), True, size))
                 path.unlink()
                 self._enter(storage)
+
+    def load_others(self, tensors: list[Tensor]) -> None:
+        """Bring back all but these."""
+        those = {tensor.untyped_storage() for tensor in tensors}
+        self.load([storage for storage in self.away if storage not in those])
 
     def _enter(self, storage: UntypedStorage) -> None:
         self.present[storage] = None

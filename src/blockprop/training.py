@@ -241,7 +241,7 @@ class Training:
 
     def _take(self, epoch: int, index: int, ids: Tensor) -> None:
         start = time.perf_counter()
-        ids, inputs, targets = self._batch(ids, batch_generator(self.seed, epoch, index))
+        ids, inputs, targets = self._batch(ids, lambda: batch_generator(self.seed, epoch, index))
         self.seconds += time.perf_counter() - start
         if self.diagnose_every and self.step % self.diagnose_every == 0:
             assert inputs is not None and targets is not None
@@ -273,13 +273,15 @@ class Training:
         if self.on_step:
             self.on_step(self)
 
-    def _batch(self, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Any, Any]:
+    def _batch(self, ids: Tensor, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Any, Any]:
         """Numbers, inputs and targets of a batch, as far as this process needs them; of replicas each has its share."""
+        train = self.dataset.train
         if (remote := self.algo.remote) is None:
-            return ids, *self.dataset.train.batch(ids, generator)
+            return ids, *train.batch(ids, generator())
         ids = ids.tensor_split(remote.replicas)[remote.replica]
-        inputs = self.dataset.train.batch_inputs(ids, generator) if remote.first else None
-        return ids, inputs, self.dataset.train.batch_targets(ids) if remote.last else None
+        # inputs and targets may both depend on the draws: each side makes them anew
+        inputs = train.batch_inputs(ids, generator()) if remote.first else None
+        return ids, inputs, train.batch_targets(ids, generator()) if remote.last else None
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         if self.metrics:

@@ -12,7 +12,7 @@ from blockprop.planning.events import Program, simulate
 from blockprop.planning.methods import Block
 from blockprop.planning.partition import partition
 
-__all__ = ["METHODS", "Prediction", "Setting", "plan"]
+__all__ = ["METHODS", "SYNCHRONOUS", "Prediction", "Setting", "no_faster", "plan"]
 
 Cut = Sequence[int] | None
 BUCKET, FIRST_BUCKET = 25 * 2**20, 2**20  # bytes of gradients that DDP sums up at a time
@@ -102,6 +102,21 @@ def plan(
     if cut is not None and (cut[0] != 0 or any(a >= b for a, b in pairwise([*cut, len(layers)]))):
         raise ValueError(f"the cut is {list(cut)}; expected rising numbers of layers, from 0 to below {len(layers)}")
     return [_METHODS[name](layers, cluster, setting, name, cut) for name in names]
+
+
+def no_faster(layers: Sequence[Layer], cluster: Cluster, setting: Setting) -> float:
+    """Samples per second that no method of `SYNCHRONOUS` exceeds: a microbatch goes up and down once in every batch.
+
+    Args:
+        layers: their costs.
+        cluster: devices and links.
+        setting: batch and microbatches.
+    """
+    examples = setting.batch_size / setting.microbatches
+    passes = [layer.at(examples) for layer in layers]
+    work = sum(each.forward for each in passes) + sum(each.input_gradient for each in passes[1:])
+    message = cluster.link.seconds(examples * min(layer.output_bytes for layer in layers))
+    return setting.batch_size / (work / max(cluster.speeds) + 2 * (len(cluster) - 1) * message)
 
 
 def _one_device(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, _: Cut) -> Prediction:
@@ -217,14 +232,14 @@ def _free_running(layers: Sequence[Layer], cluster: Cluster, setting: Setting, n
     examples = setting.batch_size / setting.parts
     cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=1.0)
     programs = methods.free_running(_blocks(layers, cut, examples), setting.parts, setting.window)
-    return _simulated(name, programs, cluster, setting, cut, 4 * setting.window + 8)
+    return _simulated(name, programs, cluster, setting, cut, 2 * setting.window + 10)
 
 
 def _cached(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, given: Cut) -> Prediction:
     """The mean over E epochs: one free-running, the others on cached feedback, all at the same cut."""
     examples, share = setting.batch_size / setting.parts, 1 / setting.refresh
     cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=share, spared=1 - share)
-    blocks, batches = _blocks(layers, cut, examples), 4 * setting.window + 8
+    blocks, batches = _blocks(layers, cut, examples), 2 * setting.window + 10
     refresh = methods.free_running(blocks, setting.parts, setting.window)
     found = [_simulated(name, refresh, cluster, setting, cut, batches)]
     if share < 1:
@@ -262,3 +277,6 @@ _METHODS: dict[str, Callable[[Sequence[Layer], Cluster, Setting, str, Cut], Pred
 
 METHODS = tuple(_METHODS)
 """The names of the methods."""
+
+SYNCHRONOUS = ("gpipe", "1f1b", "zero bubble")
+"""Those of pipelines that run empty between two updates."""
