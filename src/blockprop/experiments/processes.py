@@ -369,14 +369,16 @@ def launch(settings: Settings, out: Path, *, resume: bool = False, quiet: bool =
             while any(child.poll() is None for child in children.values()) and not _broken(children):
                 time.sleep(0.05)
             board.refresh()
-            broken = _broken(children)  # before others are ended
+            if broken := _broken(children):
+                why = _why(rendezvous, broken)
+                rendezvous.fail("the launcher", why)  # whoever was ended without a word has said nothing
     except BaseException:
         rendezvous.fail("the launcher", "stopped")
         raise
     finally:
         _end(children)
     if broken:
-        raise ValueError(_why(rendezvous, broken))
+        raise ValueError(why)
     summary: dict[str, Any] = rendezvous.wait("summary", PATIENCE)
     return summary
 
@@ -386,7 +388,8 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     task = {"settings": settings.as_dict(), "out": str(out), "rank": places(settings).index(place), "resume": resume}
     threads = str(settings.threads or 1)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # a lost neighbour is said in a line of our own
+    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     child = subprocess.Popen(
         [sys.executable, "-c", "from blockprop.experiments.processes import child; child()"],
         stdin=subprocess.PIPE,
@@ -394,16 +397,16 @@ def _start(
         start_new_session=True,  # Ctrl-C is the launcher's to pass on
     )
     assert child.stdin is not None
-    child.stdin.write(json.dumps({**task, "address": address}).encode())
-    child.stdin.close()
+    child.stdin.write(json.dumps({**task, "address": address}).encode() + b"\n")
+    child.stdin.flush()  # and stays open: its end is the end of the launcher
     return child
 
 
 def child() -> None:
     """The main program of a process that `launch` started: reads its task from standard input."""
-    task = json.loads(sys.stdin.read())
-    recorded = task["settings"]
-    settings = Settings.of_dict(recorded)
+    task = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    settings = Settings.of_dict(task["settings"])
     place = places(settings)[task["rank"]]
     host, port = task["address"]
     try:
@@ -415,23 +418,31 @@ def child() -> None:
     os._exit(0)
 
 
+def _end_with_launcher() -> None:
+    sys.stdin.read()
+    os._exit(3)
+
+
 def _broken(children: dict[Place, subprocess.Popen[bytes]]) -> dict[Place, int]:
     """The processes that have ended as they should not, and their status."""
     return {place: code for place, child in children.items() if (code := child.poll()) not in (None, 0)}
 
 
 def _end(children: dict[Place, subprocess.Popen[bytes]]) -> None:
-    """Wait for the processes; ask, then kill, those that do not end by themselves."""
+    """Let the processes end by themselves if they do, then end them."""
     living = list(children.values())
     for ask in (None, signal.SIGTERM, signal.SIGKILL):
         for one in living:
             if ask is not None:
                 one.send_signal(ask)
-        deadline = time.monotonic() + (PATIENCE if ask is None else 1.0)
+        deadline = time.monotonic() + 1.0
         for one in living:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 one.wait(max(0.01, deadline - time.monotonic()))
         living = [one for one in living if one.poll() is None]
+    for one in children.values():
+        if one.stdin is not None:
+            one.stdin.close()
 
 
 def _why(rendezvous: Rendezvous, broken: dict[Place, int]) -> str:

@@ -87,8 +87,7 @@ class Post:
         with self.arrived:
             self.arrived.wait_for(lambda: ready() or self._lost is not None)
             self.waited += time.perf_counter() - start
-            if not ready():
-                self.check()
+            self.check()
             yield
 
     def _pop(self, kind: str, number: int) -> Message:

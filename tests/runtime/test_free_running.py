@@ -1,0 +1,110 @@
+"""Free-running blocks: all is learnt, in order, within the bound."""
+
+import copy
+
+import pytest
+import torch
+
+from blockprop.cache import GluingCache
+from blockprop.curvature import Secant
+from blockprop.latestage import Correction
+from blockprop.runtime import FreeRunningExecutor
+from conftest import batch, flat, mlp
+from meeting import alone, apart, numbered
+
+EXAMPLES = 24
+
+
+def model():
+    torch.manual_seed(1)
+    return mlp(depth=4)
+
+
+def data(count=12, n=8):
+    torch.manual_seed(2)
+    return numbered([batch(n) for _ in range(count)], EXAMPLES)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("settings", [{}, {"cache": lambda: GluingCache(EXAMPLES, dtype=torch.float64)}])
+def test_every_block_learns_from_every_batch(K, settings):
+    ages = {k: [] for k in range(1, K + 1)}
+
+    class Watched(FreeRunningExecutor):
+        def step(self, *args, **kwargs):
+            report = super().step(*args, **kwargs)
+            ages[self.remote.place.block] += [link.age for link in report.links]
+            assert len(self._late.flights) <= self.in_flight * (K - self.remote.place.block)
+            return report
+
+    def after(algo, neighbours):
+        return [wstep.calls for wstep in algo.wsteps][neighbours.place.block - 1]
+
+    correction = Correction(curvature=Secant(2), along=True, across=Secant(2))
+    executor = lambda remote: Watched(remote, correction=copy.deepcopy(correction), **settings)
+    assert apart(model(), K, data(), executor, after=after) == [12] * K
+    if not settings:
+        assert all(age <= 2 * (K - k) + 1 for k in ages for age in ages[k])
+
+
+def test_one_batch_in_flight_is_the_exact_form():
+    """A block that waits for its feedback before the next batch is never late."""
+    expected = alone(model(), 2, data(), "local")
+    found = apart(model(), 2, data(), lambda remote: FreeRunningExecutor(remote, in_flight=1))
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_the_loss_falls():
+    x, y = batch(40)
+    batches = [(x, y, torch.arange(40) % EXAMPLES)] * 200
+    found = apart(model(), 3, batches, FreeRunningExecutor, lr=0.3)
+    trained = model()
+    with torch.no_grad():
+        for parameter, value in zip(trained.parameters(), _like(trained, torch.cat(found)), strict=True):
+            parameter.copy_(value)
+    loss = torch.nn.functional.cross_entropy
+    after, before = loss(trained(x), y), loss(model()(x), y)
+    assert after < 0.5 * before
+
+
+def _like(network, values):
+    parts = values.split([p.numel() for p in network.parameters()])
+    return [part.view(p.shape) for part, p in zip(parts, network.parameters(), strict=True)]
+
+
+def test_a_checkpoint_holds_what_is_on_its_way():
+    """Saved at the same step by all, put into new executors, and run to the end: every batch was learnt once."""
+    batches = data()
+    states = {}
+
+    def save(algo, neighbours):
+        k = neighbours.place.block
+        return flat(algo.blocks[k - 1].parameters()), [wstep.calls for wstep in algo.wsteps][k - 1]
+
+    class Saving(FreeRunningExecutor):
+        def step(self, stages, *args, **kwargs):
+            report = super().step(stages, *args, **kwargs)
+            if self._fed == 6:
+                states[self.remote.place.block] = copy.deepcopy(self.state_dict())
+            return report
+
+    apart(model(), 3, batches[:6], Saving, after=save)
+    flights = [len(states[k]["late"]["flights"]) for k in (1, 2, 3)]
+    waiting = [len(states[k]["messages"]) for k in (1, 2, 3)]
+    assert flights[2] == 0
+    assert flights[0] >= waiting[0]
+
+    class Resumed(FreeRunningExecutor):
+        def step(self, stages, *args, **kwargs):
+            if self._fed == 0:
+                self.load_state_dict(states[self.remote.place.block], stages)
+            return super().step(stages, *args, **kwargs)
+
+    found = apart(model(), 3, batches[6:], Resumed, after=save)
+    assert [calls for _, calls in found] == [6 + flight for flight in flights]
+
+
+@pytest.mark.parametrize("in_flight", [0, -1, 1.5, True])
+def test_bad_bounds(in_flight):
+    with pytest.raises(ValueError, match="in-flight is"):
+        FreeRunningExecutor(None, in_flight=in_flight)
