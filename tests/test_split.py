@@ -33,7 +33,7 @@ def groups_of(costs, starts):
 @given(costs=COSTS, data=st.data())
 def test_balanced_makes_the_dearest_group_as_cheap_as_can_be(costs, data):
     blocks = data.draw(st.integers(1, len(costs)))
-    starts = balanced(costs, blocks)
+    starts = balanced(costs, [1.0] * blocks)
     assert starts[0] == 0
     assert len(starts) == blocks
     assert starts == sorted(set(starts))
@@ -45,7 +45,7 @@ def test_balanced_makes_the_dearest_group_as_cheap_as_can_be(costs, data):
 @example(costs=[8, 9, 9, 2, 20, 2, 30], data=4)
 def test_balanced_is_the_most_even_of_those(costs, data):
     blocks = 1 + data % len(costs)
-    assert balanced(costs, blocks) == brute_force(costs, blocks)[2]
+    assert balanced(costs, [1.0] * blocks) == brute_force(costs, blocks)[2]
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -21,6 +21,7 @@ def split(
     at: Sequence[str] | None = None,
     by: SplitBy = "flops",
     sample: Tensor | None = None,
+    evaluates_again: bool = False,
 ) -> Blocks:
     """Cut a model into K consecutive blocks.
 
@@ -35,6 +36,8 @@ def split(
         by: what is balanced: "flops" (default; counted on `sample`, so the cut is the same every time), "time"
             (measured on `sample`, forward and backward), or "layers" (their number). The largest block is made
             as cheap as possible, then the blocks as even as possible.
+        evaluates_again: count four passes for every block but the last, which has three: in a pipeline with a process
+            for every block they evaluate a batch again when its feedback comes. Default False, three for all.
         sample: an input batch, shape [N, ...]. Without one, "flops" counts weights instead, which is the same
             for fully connected layers; for anything else a warning asks for one.
 
@@ -95,7 +98,8 @@ def split(
     per_unit = [sum(costs[start:end]) for start, end in zip(units, ends, strict=True)]
     if unit == "layers":
         per_unit = [1.0] * len(units)
-    firsts = balanced(per_unit, blocks)
+    passes = [4.0] * (blocks - 1) + [3.0] if evaluates_again else [1.0] * blocks
+    firsts = balanced(per_unit, passes)
     block_costs = [sum(per_unit[start:end]) for start, end in zip(firsts, [*firsts[1:], len(units)], strict=True)]
     return _cut(model, layers, [units[first] for first in firsts], unit, block_costs)
 
@@ -188,7 +192,7 @@ def _fully_connected(layer: nn.Module) -> bool:
     return all(isinstance(module, nn.Linear) for module in weighted)
 
 
-def balanced(costs: Sequence[float], blocks: int) -> list[int]:
+def balanced(costs: Sequence[float], passes: Sequence[float]) -> list[int]:
     """Where each of K consecutive groups begins so that the dearest is as cheap as can be.
 
     Among such cuts the one with the least sum of squares is taken, that is the most even one; among equals, the
@@ -196,13 +200,16 @@ def balanced(costs: Sequence[float], blocks: int) -> list[int]:
 
     Args:
         costs: a non-negative cost per layer.
-        blocks: K, from 1 to the number of layers.
+        passes: for each of K groups, K from 1 to the number of layers, by what its layers' costs are multiplied.
 
-    >>> balanced([4, 1, 1, 1, 1], 2)
+    >>> balanced([4, 1, 1, 1, 1], [1, 1])
     [0, 1]
-    >>> balanced([1, 1, 1, 1], 2)
+    >>> balanced([1, 1, 1, 1], [1, 1])
     [0, 2]
+    >>> balanced([1] * 7, [4, 3])
+    [0, 3]
     """
+    blocks = len(passes)
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
@@ -210,7 +217,9 @@ def balanced(costs: Sequence[float], blocks: int) -> list[int]:
     dearest: dict[int, float] = {0: 0.0}
     for k in range(1, blocks + 1):
         dearest = {
-            end: min(max(value, sums[end] - sums[start]) for start, value in dearest.items() if start < end)
+            end: min(
+                max(value, passes[k - 1] * (sums[end] - sums[start])) for start, value in dearest.items() if start < end
+            )
             for end in range(k, len(costs) - blocks + k + 1)
         }
     limit = dearest[len(costs)]
@@ -219,9 +228,9 @@ def balanced(costs: Sequence[float], blocks: int) -> list[int]:
     for k in range(1, blocks + 1):
         cuts = {
             end: [
-                (squares + (sums[end] - sums[start]) ** 2, [*begins, start])
+                (squares + (passes[k - 1] * (sums[end] - sums[start])) ** 2, [*begins, start])
                 for start, (squares, begins) in best.items()
-                if start < end and sums[end] - sums[start] <= limit
+                if start < end and passes[k - 1] * (sums[end] - sums[start]) <= limit
             ]
             for end in range(k, len(costs) - blocks + k + 1)
         }

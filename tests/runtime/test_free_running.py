@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from meeting import alone, apart, numbered
 
 from blockprop.cache import GluingCache
 from blockprop.curvature import Secant
 from blockprop.latestage import Correction
 from blockprop.runtime import FreeRunningExecutor
 from conftest import batch, flat, mlp
-from meeting import alone, apart, numbered
 
 EXAMPLES = 24
 
@@ -41,7 +41,10 @@ def test_every_block_learns_from_every_batch(K, settings):
         return [wstep.calls for wstep in algo.wsteps][neighbours.place.block - 1]
 
     correction = Correction(curvature=Secant(2), along=True, across=Secant(2))
-    executor = lambda remote: Watched(remote, correction=copy.deepcopy(correction), **settings)
+
+    def executor(remote):
+        return Watched(remote, correction=copy.deepcopy(correction), **settings)
+
     assert apart(model(), K, data(), executor, after=after) == [12] * K
     if not settings:
         assert all(age <= 2 * (K - k) + 1 for k in ages for age in ages[k])

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from meeting import alone, apart, numbered
 
 from blockprop.cache import GluingCache
 from blockprop.curvature import Constant, Secant
 from blockprop.executors import PipelinedExecutor
 from blockprop.schedules import Latency, sequential
 from conftest import batch, mlp
-from meeting import alone, apart, numbered
 
 EXAMPLES = 24
 

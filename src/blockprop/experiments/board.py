@@ -98,7 +98,9 @@ class Board:
             self._live.update(table(self.title, told), refresh=True)
             return
         top = told[self._places[-1]]
-        if top is not None and (int(top["epoch"]) > self._shown or top["step"] == top["total"] != self._shown):
+        if top is None or top["loss"] is None:
+            return
+        if int(top["epoch"]) > self._shown or top["step"] == top["total"] != self._shown:
             self._shown = top["total"] if top["step"] == top["total"] else int(top["epoch"])
             self.console.print(_line(self.title, top), soft_wrap=True)
 

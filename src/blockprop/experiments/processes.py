@@ -329,6 +329,8 @@ def of_torchrun(settings: Settings, out: Path, *, resume: bool, quiet: bool, lis
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     count = settings.blocks * settings.replicas
     if world != count:
+        if rank:
+            raise LostError("the first process says why")
         raise ValueError(
             f"torchrun started {world} processes for {settings.blocks} blocks"
             + (f" x {settings.replicas} replicas" if settings.replicas > 1 else "")

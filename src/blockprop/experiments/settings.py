@@ -371,6 +371,12 @@ class Settings:
             epochs=_EPOCHS.get(self.data, 5) if unsaid else self.epochs,
         )
 
+    @property
+    def evaluates_again(self) -> bool:
+        """Whether the blocks below the last evaluate every batch twice, each in a process of its own."""
+        late = self.who_does_what == "pipelined" and self.feedback != "stashed"
+        return late and self.executor == "processes"
+
     def _threads(self, blocks: int) -> int:
         """All cores, shared among the processes."""
         processes = blocks * self.replicas if self.executor == "processes" else 1
@@ -503,8 +509,10 @@ class Settings:
 
     def _pipeline(self, **more: Any) -> PipelinedExecutor:
         latency = Latency(self.latency, self.lost, self.seed)
-        parts = self._microbatches() or 1
-        return PipelinedExecutor(microbatches=parts, latency=latency, correction=self._correction(), **more)
+        parts = self._microbatches()
+        return PipelinedExecutor(
+            microbatches=1 if parts is None else parts, latency=latency, correction=self._correction(), **more
+        )
 
     def _curvature(self) -> Constant | None:
         if self.feedback != "target":

@@ -45,6 +45,8 @@ def partition(
     [0, 4]
     >>> partition([1] * 4, [1] * 4, [1, 1], messages=[1, 9, 1, 1])
     [0, 3]
+    >>> partition([1] * 4, [1] * 4, [1, 1], messages=[9, 9, 9, 9])
+    [0, 2]
     """
     count, blocks = len(below), len(speeds)
     if blocks > count:
@@ -59,8 +61,8 @@ def partition(
 
     numbers = np.arange(count + 1)
 
-    def reached(limit: float) -> list[NDArray[np.int64]] | None:
-        """For every block and every end of it, the latest beginning within the limit; -1 where there is none."""
+    def reached(limit: float, message: float) -> list[NDArray[np.int64]] | None:
+        """For every block and every end of it, the latest beginning within the limits; -1 where there is none."""
         ends = np.full(count + 1, -1)
         ends[0] = 0
         found = []
@@ -68,7 +70,7 @@ def partition(
             costs: Numbers = sums[k == blocks - 1]
             latest = np.concatenate([[-1], np.maximum.accumulate(np.where(ends >= 0, numbers, -1))[:-1]])
             took = (costs - (costs + saves)[latest]) / speed
-            ends = np.where((latest >= 0) & (took <= limit) & (sent <= limit), latest, -1)
+            ends = np.where((latest >= 0) & (took <= limit) & (sent <= message), latest, -1)
             if ends.max() < 0:
                 return None
             found.append(ends)
@@ -77,12 +79,17 @@ def partition(
     # no limit is below an even share of all work; from there up in steps of twice the size, then by halves
     low = float(min(each[-1] for each in sums) - saves.sum()) / sum(speeds)
     high = max(low, 1e-12)
-    while reached(high) is None:
+    while reached(high, high) is None:
         low, high = high, 2 * high
     while high - low > 1e-5 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if reached(middle) is not None else (middle, high)
-    ways = reached(high)
+        low, high = (low, middle) if reached(middle, middle) is not None else (middle, high)
+    # where a link is the slowest, there is room to make the devices more even
+    message, low = high, 0.0
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle, message) is not None else (middle, high)
+    ways = reached(high, message)
     assert ways is not None
     begins = [count]
     for ends in reversed(ways):

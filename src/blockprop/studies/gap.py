@@ -126,9 +126,9 @@ against backprop, not how far each network gets.
 - Gauss-Newton: the proximal form with λ = 1 and one Gauss-Newton h-step of at most five conjugate gradient iterations.
 - Backprop does not depend on K: it is run once and shown for every K.
 
-Every batch is whole, by the share held out for validation or by the number of steps. With 2^n predictions in a batch no factor of the
-exact form rounds; in other batches its last bits differ from backprop's, and training makes of that a difference such
-as between two seeds.
+Every batch is whole, by the share held out for validation or by the number of steps. With 2^n predictions in a batch
+no factor of the exact form rounds; in other batches its last bits differ from backprop's, and training makes of that a
+difference such as between two seeds.
 """
 
 

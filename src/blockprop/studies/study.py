@@ -8,8 +8,8 @@ from typing import Any
 
 from blockprop.data import NAMES
 from blockprop.experiments.comparison import Plan, Planned, folder_name, work_off
-from blockprop.experiments.progress import SweepProgress
 from blockprop.experiments.folder import read_json
+from blockprop.experiments.progress import SweepProgress
 from blockprop.experiments.settings import Settings
 
 __all__ = ["TUNING_SEED", "Outcome", "Row", "Study", "run_study"]

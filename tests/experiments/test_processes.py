@@ -1,0 +1,259 @@
+"""Real processes: the launcher, torchrun, workers; their numbers, their ends, and what they leave behind."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blockprop.cli import main
+from blockprop.runtime.rendezvous import free_port
+
+BLOCKPROP = [sys.executable, "-m", "blockprop"]
+SMALL = ["--data", "digits", "--depth", "4", "--width", "16", "--quiet", "--threads", "1"]
+TWO = [*SMALL, "--blocks", "2", "--split-at", "layer3", "--microbatches", "1"]
+PROCESSES = ["--executor", "processes"]
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+
+
+def start(*words, **more):
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **more)
+
+
+def ended(process, timeout=120):
+    out, error = process.communicate(timeout=timeout)
+    return process.returncode, out, error
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def same(one: Path, other: Path):
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def children_of(pid):
+    """Processes whose parent it is."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(path.parent.name))
+    return found
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """The same schedule in one process."""
+    out = tmp_path_factory.mktemp("local") / "run"
+    assert main(["train", *TWO, "--schedule", "pipelined", "--steps", "50", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_launcher_gives_the_numbers_of_one_process(tmp_path, local):
+    out = tmp_path / "run"
+    assert main(["train", *TWO, *PROCESSES, "--steps", "50", "--out", str(out)]) == 0
+    with pytest.raises(FileNotFoundError):
+        weights(out)  # no process holds the whole network
+    assert main(["assemble", str(out)]) == 0
+    assert same(out, local)
+    summary, expected = (json.loads((path / "summary.json").read_text()) for path in (out, local))
+    for key in ("test_loss", "test_accuracy", "validation_loss"):
+        assert summary[key] == pytest.approx(expected[key], rel=1e-6)
+    processes = summary["processes"]
+    assert processes.keys() == {"block-1", "block-2"}
+    assert processes["block-1"]["bytes_per_step"]["up"] > 60 * 16 * 4
+    assert processes["block-1"]["memory"]["weights"] == sum(
+        value.numel() * 4 for value in weights(out / "block-1").values()
+    )
+    rows = [json.loads(line) for line in (out / "block-1/metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    assert 0 <= last["busy"] <= 1
+    assert last["age"] == [2.0]
+    assert main(["assemble", str(out)]) == 2  # nothing is overwritten
+
+
+def test_torchrun_gives_the_same(tmp_path, local):
+    out = tmp_path / "run"
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    code, _, error = ended(
+        start(*torchrun, "-m", "blockprop", "train", *TWO, *PROCESSES, "--steps", "50", "--out", out)
+    )
+    assert code == 0, error
+    assert main(["assemble", str(out)]) == 0
+    assert same(out, local)
+
+
+def test_workers_give_the_same(tmp_path, local):
+    store = f"127.0.0.1:{free_port()}"
+    words = [*TWO, "--store", store, "--steps", "50"]
+    outs = [tmp_path / "one", tmp_path / "two"]  # as on two machines
+    workers = [start(*BLOCKPROP, "worker", "--block", str(k + 1), *words, "--out", outs[k]) for k in range(2)]
+    for worker in workers:
+        code, _, error = ended(worker)
+        assert code == 0, error
+    shutil.copytree(outs[0] / "block-1", outs[1] / "block-1")
+    assert main(["assemble", str(outs[1])]) == 0
+    assert same(outs[1], local)
+
+
+@pytest.mark.parametrize("more", [[], ["--policy", "free-running"]])
+def test_a_resumed_run_goes_on(tmp_path, more):
+    settings = [word for word in TWO if not more or word not in ("--microbatches", "1")]
+    if more:
+        settings = [*SMALL, "--blocks", "2", "--split-at", "layer3"]
+    whole = tmp_path / "whole"
+    words = [*settings, *PROCESSES, *more, "--warmup", "0", "--checkpoint-every", "20"]
+    assert main(["train", *words, "--steps", "50", "--out", str(whole)]) == 0
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    for path in [*stopped.glob("block-*/checkpoints/*50*"), *stopped.glob("block-*/model*"), stopped / "summary.json"]:
+        path.unlink()
+    next(stopped.glob("block-2/checkpoints/*40*")).rename(stopped / "block-2/checkpoints/step-00000030.safetensors")
+    assert main(["train", "--resume", "--quiet", "--out", str(stopped)]) == 2  # no step that both have
+    (stopped / "block-2/checkpoints/step-00000030.safetensors").rename(
+        stopped / "block-2/checkpoints/step-00000040.safetensors"
+    )
+    assert main(["train", "--resume", "--quiet", "--out", str(stopped)]) == 0
+    assert json.loads((stopped / "summary.json").read_text())["steps"] == 50
+    if not more:
+        for path in (whole, stopped):
+            assert main(["assemble", str(path)]) == 0
+        assert same(whole, stopped)
+
+
+def test_two_blocks_by_two_replicas(tmp_path):
+    one, four = tmp_path / "one", tmp_path / "four"
+    words = ["train", *TWO, "--curvature", "0.3", "--steps", "42", "--batch-size", "60", "--train-size", "1260"]
+    assert main([*words, "--schedule", "pipelined", "--out", str(one)]) == 0
+    assert main([*words, *PROCESSES, "--replicas", "2", "--out", str(four)]) == 0
+    assert main(["assemble", str(four)]) == 0
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(four)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_eight_blocks(tmp_path):
+    out = tmp_path / "run"
+    words = ["--data", "digits", "--depth", "8", "--width", "16", "--quiet", "--blocks", "8", "--steps", "60"]
+    assert main(["train", *words, *PROCESSES, "--out", str(out)]) == 0
+    assert main(["train", *words, "--schedule", "pipelined", "--threads", "1", "--out", str(tmp_path / "one")]) == 0
+    assert main(["assemble", str(out)]) == 0
+    assert same(out, tmp_path / "one")
+
+
+def up(out: Path, timeout=90):
+    """Wait until a run that was just started is training."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if (out / "block-1/metrics.jsonl").exists() and (out / "block-1/metrics.jsonl").stat().st_size:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run did not start")
+
+
+@pytest.mark.parametrize("whom", ["ctrl-c", "block", "launcher"])
+def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom):
+    out = tmp_path / "run"
+    launcher = start(*BLOCKPROP, "train", *TWO, *PROCESSES, "--steps", "1000000", "--log-every", "5", "--out", out)
+    up(out)
+    children = children_of(launcher.pid)
+    assert len(children) == 2
+    began = time.monotonic()
+    match whom:
+        case "ctrl-c":
+            launcher.send_signal(signal.SIGINT)
+        case "block":
+            os.kill(children[0], signal.SIGKILL)
+        case "launcher":
+            launcher.kill()
+    code, _, error = ended(launcher)
+    while any(map(alive, children)) and time.monotonic() - began < 10:
+        time.sleep(0.02)
+    assert not any(map(alive, children))
+    assert time.monotonic() - began < 5
+    if whom == "ctrl-c":
+        assert code == 130
+    if whom == "block":
+        assert code == 2
+        assert error.strip() == (
+            "blockprop: error: the process of block-1 was ended by signal 9, perhaps for lack of memory"
+        )
+
+
+def test_the_one_error_is_said_once(tmp_path):
+    """A step size at which it diverges: the last block sees it, and all end."""
+    words = ["train", *TWO, *PROCESSES, "--lr", "1e9", "--warmup", "0", "--steps", "500", "--out", tmp_path / "run"]
+    code, out, error = ended(start(*BLOCKPROP, *words))
+    assert code == 2
+    assert out == ""
+    assert error.count("error") == 1
+    assert "the loss is" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", *TWO, *PROCESSES, "--recompute"], "--recompute is of"),
+        (["train", *SMALL, "--policy", "free-running"], "--policy is of --executor processes"),
+        (["train", *TWO, *PROCESSES, "--policy", "free-running"], "--microbatches is of --policy lock-step"),
+        (["train", *TWO, *PROCESSES, "--in-flight", "3"], "--in-flight is of --policy free-running"),
+        (["train", *SMALL, *PROCESSES, "--policy", "free-running", "--replicas", "2"], "--replicas average"),
+        (["train", *SMALL, *PROCESSES, "--policy", "free-running", "--schedule", "sync"], "has no use for"),
+        (["train", *SMALL, *PROCESSES, "--split-by", "time"], "--split-by time is measured anew"),
+        (["train", *SMALL, *PROCESSES, "--replicas", "0"], "--replicas is 0"),
+        (["worker", *SMALL, "--block", "1", "--store", "nowhere"], "expected HOST:PORT"),
+        (
+            ["worker", *SMALL, "--block", "3", "--store", "127.0.0.1:29500"],
+            "--block is 3; expected a number from 1 to 2",
+        ),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_started(tmp_path, capsys, words, message):
+    assert main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_in_use(tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        store = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["worker", *SMALL, "--block", "1", "--store", store, "--out", str(tmp_path / "run")]) == 2
+    assert "cannot listen on" in capsys.readouterr().err
+
+
+def test_a_world_of_another_size(tmp_path, capsys, monkeypatch):
+    for key, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(key, value)
+    assert main(["train", *TWO, *PROCESSES, "--out", str(tmp_path / "run")]) == 2
+    assert "torchrun started 3 processes for 2 blocks" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""Predictions beside made-up rows."""
+
+import pytest
+
+from blockprop.planning.cluster import Link
+from blockprop.planning.comparison import Case, compare
+from blockprop.planning.costs import Layer, Passes
+
+LAYER = Layer("layer", {8: Passes(1.0, 2.0, 1.0, 2.0)}, 0.0, 1.0, 4.0)
+CASE = Case([LAYER] * 7, 8, contention=1.0, cut=4, recomputing_cut=3, four=(2, 4, 6))
+LINKS = {"near": Link(1e9)}
+
+
+def row(method, rate, workload="mlp", link="near"):
+    return {"workload": workload, "method": method, "link": link, "samples_per_second": rate}
+
+
+def test_errors_are_of_multiples_of_one_thread():
+    """21 s alone; 12 s in two blocks of four and three layers, or of three with a second forward pass and four."""
+    rows = [
+        row("one thread", 100.0),
+        row("two independent copies", 160.0),
+        row("two halves apart, 3 passes below", 175.0),
+        row("two halves apart, 4 passes below", 175.0),
+        row("BlockProp, lock-step", 140.0),
+        row("BlockProp, free-running", 175.0),
+        row("GPipe, 2", 100.0),
+    ]
+    found = {each.method: each for each in compare(rows, {"mlp": CASE}, LINKS)}
+    assert found["two independent copies"].error == pytest.approx(0.25)
+    for passes in ("3 passes below", "4 passes below"):
+        assert found[f"two halves apart, {passes}"].predicted == pytest.approx(1.75)
+    assert found["BlockProp, lock-step"].error == pytest.approx(0.25, abs=1e-3)
+    assert found["BlockProp, free-running"].error == pytest.approx(0, abs=0.02)
+    assert "one thread" not in found
+    # 6 s of microbatches at the lower block, four of them through both blocks but for the bubble: 18 - 1.5 s
+    assert found["GPipe, 2"].predicted == pytest.approx(21 / 16.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "method", ["DDP", "1F1B, 4", "ZBV, 4", "1F1B, 8 x 128", "BlockProp, cached, E = 4", "GPipe, 8"]
+)
+def test_every_measured_method_is_known(method):
+    (found,) = compare([row("one thread", 1.0), row(method, 1.0)], {"mlp": CASE}, LINKS)
+    assert 0.5 < found.predicted < 2.01
+
+
+def test_what_the_planner_does_not_know_is_left_out():
+    rows = [row("one thread", 1.0), row("two threads", 2.0), row("DDP", 1.0, link="far"), row("DDP", 1.0, "other")]
+    assert compare(rows, {"mlp": CASE}, LINKS) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row("DDP", 1.0)], "workload 'mlp' has no row 'one thread'"),
+        ([{"workload": "mlp", "method": "DDP", "link": "near"}], "a row has no 'samples_per_second'"),
+    ],
+)
+def test_mistakes(rows, message):
+    with pytest.raises(ValueError, match=message):
+        compare(rows, {"mlp": CASE}, LINKS)

@@ -1,0 +1,70 @@
+"""The simulation, on cases that are counted by hand."""
+
+import pytest
+
+from blockprop.planning.cluster import Cluster, Link
+from blockprop.planning.events import Message, Ordered, Step, Task, simulate
+
+FAST = Link(1e9)
+
+
+def repeated(needs, task):
+    return (Step(tuple((tag, n) for tag in needs), task(n)) for n in range(100))
+
+
+def test_messages_share_a_link_and_travel_together():
+    """1 Mbit each at 1 Mbit/s: a second on the link, one after the other, and half a second on the way."""
+
+    def sender(n):
+        return Task(0.1, (Message(1, ("a", n), 125_000), Message(1, ("b", n), 125_000)), True)
+
+    first = Ordered(repeated((), sender))
+    second = Ordered(repeated(("a", "b"), lambda n: Task(0.25, (), True)))
+    run = simulate([first, second], Cluster((1.0, 1.0), Link(1, latency=500)), 4)
+    assert run.ends[1] == pytest.approx([2.85, 4.85, 6.85, 8.85])
+    assert run.rate() == pytest.approx(0.5)
+    assert run.busy() == pytest.approx([0.05, 0.125])
+
+
+def test_overhead_keeps_the_link_and_latency_does_not():
+    link = Link(8, latency=10, overhead=5)
+    assert link.occupied(1_000_000) == pytest.approx(1.005)
+    assert link.seconds(1_000_000) == pytest.approx(1.015)
+
+
+def test_a_device_of_twice_the_speed_takes_half_the_time():
+    programs = [Ordered(repeated((), lambda n: Task(3.0, (), True))) for _ in range(2)]
+    run = simulate(programs, Cluster((1.0, 2.0), FAST), 4)
+    assert run.ends[0] == [3.0, 6.0, 9.0, 12.0]
+    assert run.ends[1] == [1.5, 3.0, 4.5, 6.0]
+
+
+def test_contention_slows_what_begins_beside_another_device():
+    programs = [Ordered(repeated((), lambda n: Task(1.0, (), True))) for _ in range(2)]
+    run = simulate(programs, Cluster((1.0, 1.0), FAST, contention=1.5), 4)
+    assert run.ends[1] == [1.5, 3.0, 4.5, 6.0]
+    alone = simulate([Ordered(repeated((), lambda n: Task(1.0, (), True)))], Cluster((1.0,), FAST, 1.5), 4)
+    assert alone.ends[0] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_rate_needs_batches():
+    with pytest.raises(ValueError, match="cannot take a rate from 3 batches; expected at least 4"):
+        simulate([], Cluster((1.0,), FAST), 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Link(0), "bandwidth is 0; expected Mbit/s, a finite number above 0"),
+        (lambda: Link(float("nan")), "bandwidth is nan"),
+        (lambda: Link(1, latency=-1), "latency is -1; expected ms"),
+        (lambda: Link(1, overhead=float("inf")), "overhead is inf; expected ms"),
+        (lambda: Cluster((), FAST), "there is no device"),
+        (lambda: Cluster((1.0, 0.0), FAST), "speed is 0.0; expected a finite number above 0"),
+        (lambda: Cluster((1.0,), FAST, 0.5), "contention is 0.5; expected a finite number of at least 1"),
+    ],
+)
+def test_bad_clusters(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)

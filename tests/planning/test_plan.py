@@ -1,0 +1,198 @@
+"""Every method on networks whose times can be counted by hand."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockprop.planning.cluster import Cluster, Link
+from blockprop.planning.costs import Layer, Passes
+from blockprop.planning.plan import METHODS, SYNCHRONOUS, Setting, no_faster, plan
+from blockprop.schedules import pipelined
+
+FAST = Link(1e9)
+BATCH = 8
+
+
+def layer(forward=1.0, backward=2.0, weights=2.0, update=0.0, output=1.0, weight_bytes=4.0):
+    """Seconds for a whole batch, in proportion for parts; backward for the weights alone costs as much as for both."""
+    inputs = backward / 2
+    return Layer("layer", {BATCH: Passes(forward, backward, inputs, weights)}, update, output, weight_bytes)
+
+
+def seconds(layers, cluster, method, cut=None, **setting):
+    """Of a batch."""
+    (found,) = plan(layers, cluster, Setting(BATCH, **setting), [method], cut)
+    return BATCH / found.samples_per_second
+
+
+def alike(count, link=FAST):
+    return Cluster((1.0,) * count, link)
+
+
+@pytest.mark.parametrize(("blocks", "parts"), [(2, 1), (2, 4), (4, 2), (4, 8), (8, 4)])
+@pytest.mark.parametrize("method", ["gpipe", "1f1b"])
+def test_bubbles(method, blocks, parts):
+    """3 s a layer, all blocks alike: a share of (K - 1) / (M + K - 1) of the time is lost."""
+    (found,) = plan([layer()] * blocks, alike(blocks), Setting(BATCH, microbatches=parts), [method])
+    bubble = (blocks - 1) / (parts + blocks - 1)
+    assert found.busy == pytest.approx([1 - bubble] * blocks, abs=1e-4)
+    assert BATCH / found.samples_per_second == pytest.approx(3 / (1 - bubble), rel=1e-4)
+
+
+def test_zero_bubble_fills_the_bubble():
+    """Two blocks, two microbatches, half a second a pass: the devices wait for one forward and one input gradient."""
+    spent = {name: seconds([layer()] * 2, alike(2), name, microbatches=2) for name in ("1f1b", "zero bubble")}
+    assert spent["1f1b"] == pytest.approx(4.5, rel=1e-4)
+    assert spent["zero bubble"] == pytest.approx(3.5, rel=1e-4)
+
+
+def test_zero_bubble_in_a_v_if_there_are_layers_enough():
+    (found,) = plan([layer()] * 8, alike(2), Setting(BATCH), ["zero bubble"])
+    assert found.cut == (0, 2, 4, 6)
+    (found,) = plan([layer()] * 3, alike(2), Setting(BATCH), ["zero bubble"])
+    assert len(found.cut) == 2
+
+
+def test_lock_step_takes_what_its_slowest_block_takes():
+    """Four passes below, three at the top."""
+    assert seconds([layer()] * 2, alike(2), "blockprop lock-step") == pytest.approx(4, rel=1e-4)
+    assert seconds([layer()] * 7, alike(2), "blockprop lock-step") == pytest.approx(12, rel=1e-4)
+    (found,) = plan([layer()] * 7, alike(2), Setting(BATCH), ["blockprop lock-step"])
+    assert found.cut == (0, 3)
+    assert found.busy == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
+def test_a_message_of_lock_step_is_part_of_the_tick():
+    """Both blocks take 12 s and wait for a message of 5 s: nothing is done on the way."""
+    link = Link(1e9, latency=5000)
+    assert seconds([layer()] * 7, alike(2, link), "blockprop lock-step") == pytest.approx(17, rel=1e-4)
+
+
+def test_free_running_hides_latency_that_lock_step_waits_for():
+    link = Link(1e9, latency=5000)
+    assert seconds([layer()] * 7, alike(2, link), "blockprop free-running") == pytest.approx(12, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["blockprop free-running", "blockprop lock-step", "blockprop cached"])
+def test_a_slow_link_is_the_limit(method):
+    """8 examples of 1 Mbit at 1 Mbit/s are 8 s a batch."""
+    layers = [layer(0.1, 0.2, 0.2, output=125_000.0)] * 2
+    assert seconds(layers, alike(2, Link(1)), method) >= 7.99
+    if method != "blockprop lock-step":
+        assert seconds(layers, alike(2, Link(1)), method) == pytest.approx(8, rel=0.02)
+
+
+def test_cached_is_between_recomputing_and_not():
+    """E = 2 at the cut (0, 1): a batch takes 4 s with feedback, and 3 s without."""
+    assert seconds([layer()] * 2, alike(2), "blockprop cached", refresh=1) == pytest.approx(4, rel=0.01)
+    assert seconds([layer()] * 2, alike(2), "blockprop cached", refresh=2) == pytest.approx(3.5, rel=0.01)
+    assert seconds([layer()] * 2, alike(2), "blockprop cached", refresh=4) == pytest.approx(3.25, rel=0.01)
+
+
+def test_cached_spares_the_gradient_in_a_blocks_input():
+    """Its weights' gradient alone takes 1 s: 2 s a batch at the bottom, always; at the top 3 s with feedback."""
+    layers = [layer(weights=1.0)] * 2
+    assert seconds(layers, alike(2), "blockprop cached", refresh=2) == pytest.approx((3 + 2) / 2, rel=0.01)
+
+
+def test_ddp_moves_twice_the_weights_and_overlaps_none_of_the_last_bucket():
+    """Half the batch each: 3 s of 6; 1 MB of gradients in all, 8 s at 1 Mbit/s: 2 (R - 1) / R of it is all of it."""
+    layers = [layer(weight_bytes=500_000.0)] * 2
+    assert seconds(layers, alike(2, Link(1)), "ddp") == pytest.approx(3 + 8, rel=1e-6)
+    assert seconds(layers, alike(2), "ddp") == pytest.approx(3, rel=1e-3)
+
+
+def test_ddp_waits_for_the_slowest_and_leaves_devices_without_an_example_alone():
+    layers = [layer()] * 4
+    assert seconds(layers, Cluster((1.0, 0.5), FAST), "ddp") == pytest.approx(12, rel=1e-3)
+    (found,) = plan([layer()] * 16, alike(16), Setting(BATCH), ["ddp"])
+    assert found.busy == pytest.approx([1.0] * 8 + [0.0] * 8, abs=1e-3)
+
+
+def test_a_device_alone_is_the_fastest():
+    assert seconds([layer()] * 2, Cluster((1.0, 3.0), FAST), "one device") == pytest.approx(2)
+
+
+def test_a_given_cut_is_taken():
+    assert seconds([layer()] * 4, alike(2), "blockprop lock-step", cut=[0, 1]) == pytest.approx(9, rel=1e-4)
+
+
+def test_one_block_is_one_device_with_every_method():
+    layers = [layer(weights=1.5, update=0.25)] * 3
+    alone = seconds(layers, alike(1), "one device")
+    assert alone == pytest.approx(9 - 0.5 + 0.75)
+    for method in METHODS[1:]:
+        assert seconds(layers, alike(1), method, microbatches=1, refresh=1) == pytest.approx(alone), method
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("one device", "ddp")])
+def test_a_thousand_devices(method):
+    (found,) = plan([layer()] * 1024, alike(1024), Setting(BATCH, microbatches=1, window=1), [method])
+    assert len(found.busy) == 1024
+    if method.startswith("blockprop"):
+        assert BATCH / found.samples_per_second < 10
+    else:
+        passes = 2 if method == "zero bubble" else 3  # on the way: the weights' gradients are not waited for
+        assert BATCH / found.samples_per_second == pytest.approx(passes * 1024, rel=0.01)
+
+
+def test_lock_step_does_what_the_schedule_says():
+    """In a full pipeline every block below the top has a backward and a forward in a tick, the top the same at once."""
+    *_, tick = itertools.islice(pipelined(3), 20)
+    found = {k: [action.kind for action in tick if action.block == k] for k in (1, 2, 3)}
+    assert found[1] == found[2] == ["backward", "update", "forward"]
+    assert found[3] == ["forward", "backward", "update"]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(blocks=st.integers(1, 5), parts=st.integers(1, 4), bandwidth=st.floats(0.1, 100), latency=st.floats(0, 900))
+def test_no_synchronous_method_is_faster_than_its_bound(blocks, parts, bandwidth, latency):
+    layers, cluster = [layer(output=9000.0)] * 10, alike(blocks, Link(bandwidth, latency))
+    setting = Setting(BATCH, microbatches=parts)
+    bound = no_faster(layers, cluster, setting)
+    assert all(each.samples_per_second <= bound * 1.0001 for each in plan(layers, cluster, setting, SYNCHRONOUS))
+
+
+POSITIVE = st.floats(0.05, 5)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    costs=st.lists(st.tuples(POSITIVE, POSITIVE), min_size=4, max_size=7),
+    blocks=st.integers(1, 4),
+    bandwidth=st.floats(0.01, 100),
+    method=st.sampled_from(METHODS),
+)
+def test_more_bandwidth_is_not_slower_and_nobody_is_busier_than_busy(costs, blocks, bandwidth, method):
+    """At one cut: with another bandwidth a method may choose another one."""
+    layers = [layer(f, b, b, 0.1, output=9000.0, weight_bytes=20_000.0) for f, b in costs]
+    cut = None if method in ("one device", "ddp", "zero bubble") else list(range(blocks))
+    setting = Setting(BATCH, microbatches=2)
+    rates = []
+    for times in (1, 10):
+        (found,) = plan(layers, alike(blocks, Link(times * bandwidth, 3.0, 1.0)), setting, [method], cut)
+        assert all(0 <= share <= 1 for share in found.busy)
+        assert len(found.busy) == blocks
+        rates.append(found.samples_per_second)
+    # a device that decides by what has come may now and then decide for worse
+    assert rates[1] >= rates[0] * (0.9 if method == "zero bubble" else 0.999)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Setting(0), "batch size is 0; expected a whole number of at least 1"),
+        (lambda: Setting(8, microbatches=9), "cannot cut 8 examples into 9 microbatches; expected at most 8"),
+        (lambda: Setting(8, refresh=0), "refresh is 0; expected"),
+        (lambda: plan([layer()], alike(1), Setting(8), ["zero"]), "unknown method 'zero'; expected one of one device"),
+        (lambda: plan([layer()], alike(2), Setting(8)), "cannot cut 1 layer into 2 blocks"),
+        (lambda: plan([layer()] * 3, alike(2), Setting(8), ["gpipe"], [0]), "the cut makes 1 blocks; expected 2"),
+        (lambda: plan([layer()] * 3, alike(2), Setting(8), ["gpipe"], [1, 2]), "expected rising numbers of layers"),
+    ],
+)
+def test_mistakes(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
