@@ -22,7 +22,7 @@ from blockprop.curvature import Constant, Curvature, Secant
 from blockprop.evaluation import Evaluation
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
-from blockprop.objective import TargetTerm, projected
+from blockprop.objective import TargetTerm, UpperTerm, projected
 from blockprop.stage import Feedback, Stage
 
 __all__ = ["Correction", "LateStage", "Learnt", "Points"]
@@ -135,6 +135,7 @@ class LateStage:
         self._count = 1.0  # predictions per example, of the latest feedback
         self._velocity: list[Tensor] = []  # running mean of the updates
         self._fresh = False  # a gradient that is not yet used
+        self._latest: tuple[Evaluation, UpperTerm | Tensor] | None = None  # what was learnt from last
 
     @property
     def link(self) -> int:
@@ -185,6 +186,7 @@ class LateStage:
         evaluation = self.flights.pop(number)
         del self._sent[number]
         self._fresh = True
+        self._latest = evaluation, labels
         if quiet:
             return self.stage.add_gradient(evaluation, labels, share=share), None
         return self.stage.train(evaluation, labels, share=share)
@@ -225,6 +227,7 @@ class LateStage:
         kappa, across = correction.curvature.at(self.link), correction.across.at(self.link)
         target = TargetTerm(old, gluing.direction, gluing.count, kappa, correction.along, across)
         before = [p.grad for p in self.stage.wstep.parameters]
+        self._latest = None if correction.reuse else (evaluation, target)
         _, feedback = self.stage.train(evaluation, target, share=share)
         if correction.compensation:
             self._compensate(before, list(evaluation.weights.values()))
@@ -256,6 +259,21 @@ class LateStage:
         self.stage.add_gradient(evaluation, target, share=share)
         age = float(self.cache.visits(ids)[0].float().mean())
         return Learnt(None, slope.squared_sum / len(output), age, _drift(output, anchor), cached=True)
+
+    def again(self) -> bool:
+        """One more W-step on the batch that was learnt from last: J_k at the present weights, with the same target.
+
+        Returns:
+            Whether there was one.
+        """
+        if self._latest is None:
+            return False
+        evaluation, target = self._latest
+        evaluation.output = evaluation.output.detach()
+        self.stage.add_gradient(evaluation, target)
+        self._fresh = True
+        self.update()
+        return True
 
     def drop(self, number: int) -> None:
         """Forget a batch whose feedback is lost."""

@@ -100,10 +100,9 @@ def test_torchrun_gives_the_same(tmp_path, local):
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        str(free_port()),
     ]
     code, _, error = ended(
         start(*torchrun, "-m", "blockprop", "train", *TWO, *PROCESSES, "--steps", "50", "--out", out)

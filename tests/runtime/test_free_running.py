@@ -1,16 +1,19 @@
 """Free-running blocks: all is learnt, in order, within the bound."""
 
 import copy
+import time
 
 import pytest
 import torch
 from meeting import alone, apart, numbered
+from torch import nn
 
+import blockprop
 from blockprop.cache import GluingCache
-from blockprop.curvature import Secant
-from blockprop.latestage import Correction
+from blockprop.curvature import Constant, Secant
+from blockprop.latestage import Correction, LateStage
 from blockprop.runtime import FreeRunningExecutor
-from conftest import batch, flat, mlp
+from conftest import batch, flat, mlp, sgd
 
 EXAMPLES = 24
 
@@ -111,3 +114,39 @@ def test_a_checkpoint_holds_what_is_on_its_way():
 def test_bad_bounds(in_flight):
     with pytest.raises(ValueError, match="in-flight is"):
         FreeRunningExecutor(None, in_flight=in_flight)
+
+
+def test_a_block_that_would_wait_repeats_its_latest_w_step():
+    """The top of two blocks waits for a block that sleeps, and goes on learning; no more often than it may."""
+    calls = {}
+
+    class Slow(FreeRunningExecutor):
+        def step(self, *args, **kwargs):
+            if self.remote.first:
+                time.sleep(0.05)
+            return super().step(*args, **kwargs)
+
+    def after(algo, neighbours):
+        calls[neighbours.place.block] = algo.wsteps[neighbours.place.block - 1].calls
+
+    apart(model(), 2, data(), lambda remote: Slow(remote, repeats=3), after=after)
+    assert 12 < calls[2] <= 12 * 4
+    apart(model(), 2, data(), Slow, after=after)
+    assert calls == {1: 12, 2: 12}
+
+
+def test_a_repeated_w_step_is_a_gradient_step_on_the_same_target():
+    x, y, _ = data()[0]
+    blocks = blockprop.split(model(), 2)
+    algo = blockprop.BlockProp(blocks, nn.CrossEntropyLoss(), sgd(0.1))
+    late = LateStage(algo.stages[1], 2, Correction(curvature=Constant(0.0)))
+    h = blocks[0](x).detach()
+    assert not late.again()
+    late.forward(0, h, 0)
+    late.learn_top(0, y, 1.0)
+    late.update()
+    once = copy.deepcopy(blocks[1])
+    assert late.again()
+    nn.functional.cross_entropy(once(h), y).backward()
+    for ours, theirs in zip(blocks[1].parameters(), once.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad)

@@ -76,7 +76,7 @@ _PIPELINE_ONLY = (
     "compensation",
     "delay_annealing",
 )
-_PROCESSES_ONLY = ("policy", "in_flight", "messages", "replicas")
+_PROCESSES_ONLY = ("policy", "in_flight", "repeats", "messages", "replicas")
 _LOCK_STEP_ONLY = ("microbatches", "latency", "lost")
 
 _EPOCHS = {"digits": 30, "mnist": 5, "fashion-mnist": 5, "cifar10": 10}
@@ -242,6 +242,10 @@ class Settings:
     in_flight: Annotated[
         int, _option(_PROCESSES, "Batches that a free-running block may have on their way for each block above it.")
     ] = 2
+    repeats: Annotated[
+        int,
+        _option(_PROCESSES, "W-steps a free-running block may repeat on its latest batch while it would wait."),
+    ] = 0
     messages: Annotated[
         Literal["float32", "bfloat16", "int8"],
         _option(_PROCESSES, "Numbers between processes, both ways; int8 has a scale per example."),
@@ -383,9 +387,10 @@ class Settings:
         return max(1, torch.get_num_threads() // processes)
 
     def _check_processes(self) -> None:
-        for flag, value in (("--in-flight", self.in_flight), ("--replicas", self.replicas)):
-            if value < 1:
-                raise ValueError(f"{flag} is {value}; expected a whole number of at least 1")
+        bounds = (("--in-flight", self.in_flight, 1), ("--replicas", self.replicas, 1), ("--repeats", self.repeats, 0))
+        for flag, value, least in bounds:
+            if value < least:
+                raise ValueError(f"{flag} is {value}; expected a whole number of at least {least}")
         if self.executor != "processes":
             return
         if self.split_by == "time":
@@ -435,7 +440,7 @@ class Settings:
             if self.policy == "free-running":
                 found |= dict.fromkeys(_LOCK_STEP_ONLY, "is of --policy lock-step")
             else:
-                found["in_flight"] = "is of --policy free-running"
+                found |= dict.fromkeys(("in_flight", "repeats"), "is of --policy free-running")
         defaults = Settings()
         return {
             key: f"--{key.replace('_', '-')} {why}: leave it out"
@@ -505,7 +510,8 @@ class Settings:
         cached: dict[str, Any] = {"cache": lambda: self._cache(examples), "refresh": self.refresh} if caching else {}
         if self.policy == "lock-step":
             return self._pipeline(remote=remote, **cached)
-        return FreeRunningExecutor(remote, in_flight=self.in_flight, correction=self._correction(), **cached)
+        bounds: dict[str, Any] = {"in_flight": self.in_flight, "repeats": self.repeats}
+        return FreeRunningExecutor(remote, correction=self._correction(), **bounds, **cached)
 
     def _pipeline(self, **more: Any) -> PipelinedExecutor:
         latency = Latency(self.latency, self.lost, self.seed)

@@ -28,6 +28,7 @@ class FreeRunningExecutor:
         remote: the neighbours.
         in_flight: batches that a block may have on their way for each block above it, at least 1; default 2, the
             number that a lock-step pipeline has.
+        repeats: W-steps that a block may take again on its latest batch while it would wait, at least 0; default 0.
         correction: what is made of late feedback; see [`Correction`][blockprop.latestage.Correction].
         cache: as in [`PipelinedExecutor`][blockprop.executors.pipelined.PipelinedExecutor].
         refresh: as there.
@@ -41,14 +42,19 @@ class FreeRunningExecutor:
         remote: Neighbours,
         *,
         in_flight: int = 2,
+        repeats: int = 0,
         correction: Correction | None = None,
         cache: Callable[[], GluingCache] | None = None,
         refresh: int = 2,
     ) -> None:
         if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 1:
             raise ValueError(f"in-flight is {in_flight}; expected a whole number of batches, at least 1")
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
+            raise ValueError(f"repeats is {repeats}; expected a whole number of W-steps, at least 0")
         self.remote = remote
         self.in_flight = in_flight
+        self.repeats = repeats
+        self._left = 0  # of the repeats on the latest batch
         self.correction = correction or Correction()
         self.cache = cache
         self._visits = None if cache is None else Visits(cache().examples, refresh)
@@ -112,6 +118,7 @@ class FreeRunningExecutor:
             if feedback is not None and self.remote.below is not None:
                 self.remote.below.send(feedback_message(number, feedback.gluing))
             late.update()
+            self._left = self.repeats
         else:
             assert self.remote.above is not None
             self.remote.above.send(Message("output", number, [output]))
@@ -132,7 +139,11 @@ class FreeRunningExecutor:
         return self._late
 
     def _wait(self, late: LateStage, report: "_Report", kind: str) -> None:
-        """Until a message of a kind is there; attend to everything else meanwhile."""
+        """Until a message of a kind is there, or a W-step was repeated; attend to everything else meanwhile."""
+        if self._left and late.again():
+            self._left -= 1
+            self._attend(late, report)
+            return
         self.remote.post.wait(tuple({kind, "feedback", "points", "slopes"}))
         self._attend(late, report)
 
@@ -153,6 +164,7 @@ class FreeRunningExecutor:
             if learnt.feedback is not None and self.remote.below is not None:
                 self.remote.below.send(feedback_message(number, learnt.feedback.gluing))
             late.update()
+            self._left = self.repeats
         self._ids = {n: ids for n, ids in self._ids.items() if n in late.flights or n + 1 >= self._fed}
 
     def _ask(self, number: int) -> Callable[[Points], None]:
@@ -205,9 +217,8 @@ class FreeRunningExecutor:
 
     def state_dict(self) -> dict[str, Any]:
         """What is on its way here; all processes call it at the same point."""
-        self.remote.flush()
         assert self._late is not None
-        kept = [m for m in self.remote.post.left() if m.kind in ("output", "feedback")]
+        kept = [m for m in self.remote.snapshot() if m.kind in ("output", "feedback")]
         return {
             "fed": self._fed,
             "visits": None if self._visits is None else self._visits.counts,

@@ -28,7 +28,7 @@ class RemoteMail:
         below: the edge to the block below; None for the first block.
         above: the edge to the block above; None for the last.
         late: the block's late stage.
-        flush: waits until all is here that the neighbours sent before they came to the same point.
+        snapshot: of what lies in the post, when the neighbours are at the same point.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class RemoteMail:
         below: Edge | None,
         above: Edge | None,
         late: LateStage,
-        flush: Callable[[], None],
+        snapshot: Callable[[], list[Message]],
     ) -> None:
         self._place, self._post, self._below, self._above, self._late = place, post, below, above, late
-        self._flush = flush
+        self._snapshot = snapshot
 
     def lives_here(self, k: int) -> bool:
         """Of one block."""
@@ -86,8 +86,7 @@ class RemoteMail:
 
     def state_dict(self) -> dict[str, Any]:
         """What the neighbours have sent and is not yet taken; all processes call it at the same point."""
-        self._flush()
-        return {"messages": [[m.kind, m.number, list(m.values), dict(m.more)] for m in self._post.left()]}
+        return {"messages": [[m.kind, m.number, list(m.values), dict(m.more)] for m in self._snapshot()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put it back."""

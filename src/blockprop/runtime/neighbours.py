@@ -83,7 +83,7 @@ class Neighbours:
 
     def mail(self, lates: Sequence[LateStage]) -> Mail:
         """See [`Remote`][blockprop.executors.pipelined.Remote]."""
-        return RemoteMail(self.place, self.post, self.below, self.above, lates[self.place.block - 1], self.flush)
+        return RemoteMail(self.place, self.post, self.below, self.above, lates[self.place.block - 1], self.snapshot)
 
     @torch.no_grad()
     def predict(self, blocks: Sequence[nn.Module], inputs: Tensor | None) -> Tensor | None:
@@ -110,8 +110,17 @@ class Neighbours:
             self.below.send(Message("share", number, more={"value": value}))
         return value
 
-    def flush(self) -> None:
-        """Wait until all is here that the neighbours sent before they came to the same point."""
+    def snapshot(self) -> list[Message]:
+        """What lies here when this process and its neighbours are at the same point; it stays here.
+
+        All that they sent before has come, and they send nothing more until it is written down here.
+        """
+        self._meet()
+        found = self.post.left()
+        self._meet()
+        return found
+
+    def _meet(self) -> None:
         number = next(self._counter)
         if self.above is not None:
             self.above.send(Message("mark from below", number))
