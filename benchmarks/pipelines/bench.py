@@ -127,6 +127,11 @@ class Bench:
         batch = self.workload.batch
         steps = max(_FIRST_STEPS, round(self.extent.seconds * before[-1] / batch)) if before else _FIRST_STEPS
         settings = replace(self.workload.settings, steps=steps, log_every=max(1, steps // 4))
+        if refresh := own.flags.get("refresh"):
+            # epochs so small that a turn has two whole cycles of E of them, and tells the speed of the second
+            epoch = max(4, steps // (2 * refresh))
+            steps = 2 * refresh * epoch
+            settings = replace(settings, steps=steps, log_every=refresh * epoch, train_size=epoch * batch)
         settings = replace(settings, evaluate_every=10**6, checkpoint_every=10**6)
 
         def over(so_far: Trained) -> bool:

@@ -16,7 +16,9 @@ from blockprop.forms import Form, FormName, form_named
 from blockprop.hsolvers import HSolver
 from blockprop.losses import OutputLoss
 from blockprop.modes import evaluating
+from blockprop.partial import only
 from blockprop.penalties import PenaltyLike, per_link
+from blockprop.runtime import processes
 from blockprop.stage import Link, Stage
 from blockprop.wstep import OptimizerFactory, SchedulerFactory, WStep
 
@@ -24,6 +26,7 @@ __all__ = ["Backprop", "BlockProp", "backprop_gradient"]
 
 Loss = Callable[[Tensor, Tensor], Tensor] | OutputLoss
 T = TypeVar("T")
+_NAMES = (*EXECUTORS, "processes")
 
 
 def _per_block(name: str, given: T | Sequence[T] | None, blocks: int) -> list[Any]:
@@ -141,7 +144,8 @@ class BlockProp(_Trained):
         clip: largest gradient norm of a block; default None, no clipping.
         accumulate: update on every n-th step only, with the mean of n gradients; default 1.
         precision: `torch.bfloat16` to evaluate blocks under autocast; default None, as the model is.
-        executor: "local" (default), "threads", or an executor.
+        executor: "local" (default), "threads", "processes" for one block in each process that torchrun started (see
+            [`processes`][blockprop.runtime.joined.processes]), or an executor.
         devices: where the blocks live, such as ["cuda:0", "cuda:1"]; one per block, or fewer, each for as many
             consecutive blocks. Default: where they are.
         recompute: train block by block: keep only the blocks' boundaries during the forward pass and rebuild
@@ -187,6 +191,8 @@ class BlockProp(_Trained):
         self.blocks = blocks
         self.recompute = recompute
         self.executor = _executor(executor)
+        if self.remote is not None:
+            _keep_one(blocks, self.wsteps, self.remote)
         self.loss = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
         self.links = _links(self.form, penalty, h_solver, len(blocks) - 1)
         if precision is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
@@ -379,15 +385,29 @@ class Backprop(_Trained):
         """Nothing to give back."""
 
 
+def _keep_one(blocks: Blocks, wsteps: Sequence[WStep], remote: Remote) -> None:
+    """The other blocks live in other processes: free their memory here."""
+    if len(blocks) != remote.blocks:
+        raise ValueError(
+            f"the network is cut into {len(blocks)} blocks for {remote.blocks} processes"
+            + (f" with {remote.replicas} replicas each" if remote.replicas > 1 else "")
+            + "; expected as many of both"
+        )
+    only(blocks, remote.block)
+    wsteps[remote.block - 1].average = remote.average
+
+
 def _executor(given: str | Executor) -> Executor:
+    if given == "processes":
+        return processes()
     if not isinstance(given, str):
         if not callable(getattr(given, "step", None)):
             raise ValueError(
-                f"executor is a {type(given).__name__}; expected one of {', '.join(EXECUTORS)}, or an executor"
+                f"executor is a {type(given).__name__}; expected one of {', '.join(_NAMES)}, or an executor"
             )
         return given
     if given not in EXECUTORS:
-        raise ValueError(f"unknown executor {given!r}; expected one of {', '.join(EXECUTORS)}")
+        raise ValueError(f"unknown executor {given!r}; expected one of {', '.join(_NAMES)}")
     return EXECUTORS[given]()
 
 

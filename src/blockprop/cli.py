@@ -67,6 +67,10 @@ def train(
     resume: Annotated[
         bool, Parameter(help="Continue the run in --out from its newest checkpoint.", negative=())
     ] = False,
+    listen: Annotated[
+        str | None,
+        Parameter(help="Under torchrun on several machines: this one's address. Default: none from outside."),
+    ] = None,
     quiet: Annotated[bool, Parameter(help="Show no progress.", negative=())] = False,
 ) -> None:
     """Train one network, and leave its configuration, metrics, checkpoints and summary in a folder."""
@@ -75,8 +79,11 @@ def train(
     if out is None:
         out = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(settings.data).stem}-{settings.algorithm}"
     if settings.executor == "processes" and "TORCHELASTIC_RUN_ID" in os.environ:
-        _report(of_torchrun(_joined(settings, out, resume=resume), out, resume=resume, quiet=quiet), out)
+        joined = _joined(settings, out, resume=resume)
+        _report(of_torchrun(joined, out, resume=resume, quiet=quiet, listen=listen or LOOPBACK), out)
         return
+    if listen is not None:
+        raise ValueError("--listen is for processes that torchrun starts: leave it out, or see blockprop worker")
     before = read_json(out / "summary.json") if resume and (out / "summary.json").exists() else {}
     summary = (resume_run if resume else run)(settings, out, quiet=quiet)
     if summary["steps"] == before.get("steps"):

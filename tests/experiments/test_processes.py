@@ -112,6 +112,24 @@ def test_torchrun_gives_the_same(tmp_path, local):
     assert same(out, local)
 
 
+def test_a_script_differs_by_its_executor_alone(tmp_path):
+    """The example under torchrun, beside the same lines with the pipeline in one process."""
+    example = Path(__file__).parents[2] / "examples/train_processes.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    code, out, error = ended(start(*torchrun, str(example)))
+    assert code == 0, error
+    simulated = tmp_path / "simulated.py"
+    text = example.read_text()
+    text = text.replace('executor="processes"', "executor=PipelinedExecutor()").replace("algo.remote.last", "True")
+    simulated.write_text(
+        text.replace("import blockprop\n", "import blockprop\nfrom blockprop.executors import PipelinedExecutor\n", 1)
+    )
+    code, expected, error = ended(start(sys.executable, str(simulated)))
+    assert code == 0, error
+    assert out == expected
+    assert out.startswith("test 9")
+
+
 def test_workers_give_the_same(tmp_path, local):
     store = f"127.0.0.1:{free_port()}"
     words = [*TWO, "--store", store, "--steps", "50"]

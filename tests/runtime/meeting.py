@@ -10,7 +10,6 @@ from torch import nn
 
 import blockprop
 from blockprop.executors import PipelinedExecutor
-from blockprop.partial import only
 from blockprop.runtime import Neighbours, Place, Rendezvous
 from blockprop.runtime.rendezvous import LOOPBACK, free_port
 from conftest import flat, sgd
@@ -75,11 +74,8 @@ def apart(
     def work(rank: int, rendezvous: Rendezvous) -> Any:
         place = Place.of_rank(rank, K, replicas)
         blocks = blockprop.split(copy.deepcopy(model), K)
-        only(blocks, place.block)
         neighbours = Neighbours(place, rendezvous, **more)
         algo = blockprop.BlockProp(blocks, nn.CrossEntropyLoss(), sgd(lr), executor=executor(neighbours))
-        if neighbours.own is not None:
-            algo.wsteps[place.block - 1].average = neighbours.own.average
         for x, y, ids in batches:
             x, y, ids = (value.tensor_split(replicas)[place.replica] for value in (x, y, ids))
             algo.step(x if neighbours.first else None, y if neighbours.last else None, ids)

@@ -91,6 +91,21 @@ class Remote(Protocol):
         ...
 
     @property
+    def block(self) -> int:
+        """k, of the block that lives here."""
+        ...
+
+    @property
+    def blocks(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def average(self) -> Callable[[Sequence[nn.Parameter]], None] | None:
+        """Averages the gradients of a block with those of its replicas; None if it has none."""
+        ...
+
+    @property
     def replica(self) -> int:
         """Which replica of its block this process has, from 0."""
         ...

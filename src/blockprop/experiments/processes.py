@@ -239,8 +239,6 @@ class _Block:
         executor = settings.executor_for(len(dataset.train), neighbours)
         algo = trainer_of(settings, blocks, dataset, executor=executor)
         assert isinstance(algo, BlockProp)
-        if neighbours.own is not None:
-            algo.wsteps[place.block - 1].average = neighbours.own.average
         return algo, neighbours
 
     def _training(

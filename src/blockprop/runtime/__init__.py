@@ -12,8 +12,9 @@ replicas     several processes for a block, their gradients averaged
 
 from blockprop.runtime.freerunning import FreeRunningExecutor
 from blockprop.runtime.group import LostError
+from blockprop.runtime.joined import processes
 from blockprop.runtime.neighbours import Neighbours
 from blockprop.runtime.rendezvous import Place, Rendezvous
 from blockprop.runtime.replicas import Replicas
 
-__all__ = ["FreeRunningExecutor", "LostError", "Neighbours", "Place", "Rendezvous", "Replicas"]
+__all__ = ["FreeRunningExecutor", "LostError", "Neighbours", "Place", "Rendezvous", "Replicas", "processes"]

@@ -1,7 +1,7 @@
 """The other processes of a run, as one block sees them: the block below, the block above, and its own replicas."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,21 @@ class Neighbours:
     def last(self) -> bool:
         """Whether this is the last block's process."""
         return self.above is None
+
+    @property
+    def block(self) -> int:
+        """K."""
+        return self.place.block
+
+    @property
+    def blocks(self) -> int:
+        """K."""
+        return self.place.blocks
+
+    @property
+    def average(self) -> Callable[[Sequence[nn.Parameter]], None] | None:
+        """See `Remote`."""
+        return None if self.own is None else self.own.average
 
     @property
     def replica(self) -> int:

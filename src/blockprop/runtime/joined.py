@@ -1,0 +1,55 @@
+"""The executor of a process that torchrun started: a script's own way into a run with a process for every block."""
+
+import os
+from typing import Any, Literal
+
+from blockprop.executors import Executor, PipelinedExecutor
+from blockprop.runtime.freerunning import FreeRunningExecutor
+from blockprop.runtime.message import Precision
+from blockprop.runtime.neighbours import Neighbours
+from blockprop.runtime.rendezvous import LOOPBACK, Place, Rendezvous
+
+__all__ = ["processes"]
+
+
+def processes(
+    *,
+    policy: Literal["lock-step", "free-running"] = "lock-step",
+    replicas: int = 1,
+    messages: Precision = "float32",
+    listen: str = LOOPBACK,
+    **more: Any,
+) -> Executor:
+    """Meet the other processes that torchrun started, and run one block here.
+
+    Args:
+        policy: "lock-step", with the numbers of the same pipeline in one process (default), or "free-running".
+        replicas: R, processes for each block; the number of processes is K x R. Default 1.
+        messages: numbers in outputs and feedback on their way: "float32" (default), "bfloat16" or "int8".
+        listen: this machine's address for connections; default: none from outside.
+        more: for [`PipelinedExecutor`][blockprop.executors.pipelined.PipelinedExecutor] or
+            [`FreeRunningExecutor`][blockprop.runtime.freerunning.FreeRunningExecutor].
+
+    Raises:
+        ValueError: not started by torchrun, or a setting out of its range.
+        LostError: a neighbour does not come.
+    """
+    if policy not in ("lock-step", "free-running"):
+        raise ValueError(f"policy is {policy!r}; expected 'lock-step' or 'free-running'")
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "the executor 'processes' runs one block in each process; expected torchrun to have started them: "
+            "torchrun --nproc-per-node K SCRIPT"
+        )
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1 or world % replicas:
+        raise ValueError(f"replicas is {replicas} for {world} processes; expected a whole number that divides them")
+    if policy == "free-running" and replicas > 1:
+        raise ValueError(
+            "replicas update at the same time, which free-running ones do not; expected policy='lock-step'"
+        )
+    place = Place.of_rank(rank, world // replicas, replicas)
+    remote = Neighbours(place, Rendezvous.of_torchrun(), listen=listen, precision=messages)
+    if policy == "free-running":
+        return FreeRunningExecutor(remote, **more)
+    return PipelinedExecutor(remote=remote, **more)
