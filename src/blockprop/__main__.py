@@ -1,7 +1,6 @@
 """`python -m blockprop`."""
 
-import sys
 
-from blockprop.cli import main
+from blockprop.cli import run_and_exit
 
-sys.exit(main())
+run_and_exit()

@@ -5,6 +5,7 @@ import json as json_text
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
@@ -33,6 +34,7 @@ from blockprop.forms import FormName
 from blockprop.planning.cluster import Cluster, Link
 from blockprop.planning.plan import Setting, plan
 from blockprop.runtime import LostError, Place, Rendezvous
+from blockprop.runtime.edge import EDGE_THREADS
 from blockprop.runtime.rendezvous import LOOPBACK, parse_address
 from blockprop.studies.beyond import beyond
 from blockprop.studies.drawing import require_matplotlib
@@ -122,6 +124,7 @@ def worker(
     serve: Annotated[
         bool | None, Parameter(help="Whether the store is served here. Default: by the first block's process.")
     ] = None,
+    wait: Annotated[float, Parameter(help="Seconds to wait for the store to answer.")] = 60.0,
     resume: Annotated[
         bool, Parameter(help="Continue from the newest checkpoint that all processes have.", negative=())
     ] = False,
@@ -142,11 +145,12 @@ def worker(
         settings,
         out,
         place,
-        lambda: Rendezvous(address, host=serving, listen=listen),
+        lambda: Rendezvous(address, host=serving, listen=listen, timeout=wait),
         listen=listen,
         resume=resume,
         show=serving and not quiet,
         serving=serving,
+        loud=True,
     )
     _report(summary, out)
 
@@ -444,5 +448,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run_and_exit() -> None:
+    """The program: `main`, and its end even where threads still wait for neighbours that are gone."""
+    code = main()
+    if any(thread.name.startswith(EDGE_THREADS) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

@@ -143,6 +143,11 @@ class LateStage:
         return self.stage.index - 1
 
     @property
+    def version(self) -> int:
+        """How many updates the block has made."""
+        return self.stage.wstep.calls
+
+    @property
     def top(self) -> bool:
         """Whether this is the last block."""
         return self.stage.index == self.blocks

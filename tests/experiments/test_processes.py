@@ -226,6 +226,26 @@ def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom):
         )
 
 
+def test_workers_with_other_settings(tmp_path):
+    words = [*TWO, "--store", f"127.0.0.1:{free_port()}", "--steps", "50", "--out", str(tmp_path / "run")]
+    workers = [
+        start(*BLOCKPROP, "worker", "--block", "1", *words, "--lr", "0.1"),
+        start(*BLOCKPROP, "worker", "--block", "2", *words, "--lr", "0.2"),
+    ]
+    (one, _, first), (two, _, second) = map(ended, workers)
+    assert (one, two) == (3, 2)
+    assert "--lr is 0.2 for block-2 and 0.1 for block-1" in second
+    assert "stopped, since block-2 failed: --lr is 0.2" in first
+
+
+def test_a_store_that_does_not_answer(tmp_path, capsys):
+    words = ["worker", *SMALL, "--block", "2", "--store", f"127.0.0.1:{free_port()}", "--wait", "1"]
+    began = time.monotonic()
+    assert main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert time.monotonic() - began < 20
+    assert "no store answers at 127.0.0.1" in capsys.readouterr().err
+
+
 def test_the_one_error_is_said_once(tmp_path):
     """A step size at which it diverges: the last block sees it, and all end."""
     words = ["train", *TWO, *PROCESSES, "--lr", "1e9", "--warmup", "0", "--steps", "500", "--out", tmp_path / "run"]

@@ -1,6 +1,7 @@
 """A process for every block in lock-step: the numbers of the same schedule in one process."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -111,3 +112,30 @@ def test_prediction_goes_through_the_pipeline():
     torch.testing.assert_close(found[2][1], model()(x).detach())
     assert [outputs for _, outputs in found[:2]] == [None, None]
     assert found[0][0] == found[1][0] == found[2][0] == found[2][1].tolist()
+
+
+def test_other_examples_are_refused():
+    """One process that draws its batches with another seed would pair inputs with the labels of others."""
+
+    class Shifted(PipelinedExecutor):
+        def step(self, stages, x, y, *, ids=None, **more):
+            return super().step(stages, x, y, ids=ids if self.remote.first else ids.flip(0), **more)
+
+    with pytest.raises(ValueError, match="block 2 has other examples in batch 0"):
+        apart(model(), 2, data(), lambda remote: Shifted(remote=remote))
+
+
+def test_blocks_that_do_not_meet():
+    network = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(7, 5)).double()
+    with pytest.raises(ValueError, match="block 2"):
+        apart(network, 2, data(), made())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_cut_for_another_number_of_processes(count):
+    def executor(remote):
+        remote.place = dataclasses.replace(remote.place, blocks=count)
+        return PipelinedExecutor(remote=remote)
+
+    with pytest.raises(ValueError, match=f"cut into 2 blocks for {count} processes"):
+        apart(model(), 2, data(), executor)

@@ -44,12 +44,12 @@ class Mail(Protocol):
         """Whether block k is in this process."""
         ...
 
-    def send_output(self, k: int, number: int, output: Tensor) -> None:
-        """To block k, from the one below: its input for a microbatch."""
+    def send_output(self, k: int, number: int, output: Tensor, ids: Tensor | None) -> None:
+        """To block k, from the one below: its input for a microbatch, and the examples' numbers."""
         ...
 
-    def take_output(self, k: int, number: int) -> Tensor:
-        """What `send_output` sent to block k."""
+    def take_output(self, k: int, number: int, ids: Tensor | None) -> Tensor:
+        """What `send_output` sent to block k, which must be of the same examples."""
         ...
 
     def send_feedback(self, k: int, number: int, gluing: Gluing) -> None:
@@ -162,11 +162,11 @@ class LocalMail:
         """Always."""
         return True
 
-    def send_output(self, k: int, number: int, output: Tensor) -> None:
+    def send_output(self, k: int, number: int, output: Tensor, ids: Tensor | None) -> None:  # noqa: ARG002
         """Keep it."""
         self._outputs[k, number] = output
 
-    def take_output(self, k: int, number: int) -> Tensor:
+    def take_output(self, k: int, number: int, ids: Tensor | None) -> Tensor:  # noqa: ARG002
         """Give it."""
         return self._outputs.pop((k, number))
 
@@ -393,11 +393,11 @@ class PipelinedExecutor:
             return
         part = self._parts[number]
         if kind == "forward":
-            h = part.inputs if k == 1 else self._mail.take_output(k, number)
+            h = part.inputs if k == 1 else self._mail.take_output(k, number, part.ids)
             assert h is not None
             output = late.forward(number, h, self.tick)
             if not late.top:
-                self._mail.send_output(k + 1, number, output)
+                self._mail.send_output(k + 1, number, output, part.ids)
         elif kind == "drop":
             late.drop(number)
         else:

@@ -48,6 +48,9 @@ from blockprop.training import Training
 
 __all__ = ["assembled", "join", "launch", "of_torchrun", "places"]
 
+_OWN = {"data_dir", "devices", "threads", "cache", "log_every"}
+"""Settings that a process may have for itself."""
+
 PATIENCE = 3.0
 """Seconds that processes have to end by themselves once the run has failed or was stopped."""
 
@@ -71,6 +74,7 @@ def join(
     resume: bool = False,
     show: bool = False,
     serving: bool = False,
+    loud: bool = False,
 ) -> dict[str, Any]:
     """Train one block, in this process, with the others that meet at the same store.
 
@@ -83,6 +87,7 @@ def join(
         resume: continue from the newest checkpoint that all processes have.
         show: show the table of all blocks here.
         serving: whether this process serves the store; it then leaves last.
+        loud: say on standard error why the process ends, where it ends while it waits for another one.
 
     Returns:
         The summary of the run.
@@ -93,7 +98,7 @@ def join(
     """
     rendezvous = connect()
     block = _Block(settings, out, place, listen)
-    watch = threading.Thread(target=_watch, args=(rendezvous.again(), block), daemon=True)
+    watch = threading.Thread(target=_watch, args=(rendezvous.again(), block, loud), daemon=True)
     watch.start()
     try:
         with _shown(rendezvous.again(), settings) if show else contextlib.nullcontext():
@@ -117,6 +122,8 @@ def join(
     except BaseException as error:
         rendezvous.fail(place.name, f"{type(error).__name__}: {first_line(error)}\n{traceback.format_exc()}")
         raise
+    finally:
+        watch.join(1.0)
 
 
 def _failure(rendezvous: Rendezvous) -> dict[str, str] | None:
@@ -126,13 +133,15 @@ def _failure(rendezvous: Rendezvous) -> dict[str, str] | None:
         return {"where": "store", "why": "the process that serves the store is gone"}
 
 
-def _watch(rendezvous: Rendezvous, block: "_Block") -> None:
+def _watch(rendezvous: Rendezvous, block: "_Block", loud: bool) -> None:
     """Let what waits know when the run has failed elsewhere; end a process that does not hear of it."""
-    while _failure(rendezvous) is None:
+    while (failure := _failure(rendezvous)) is None:
         if block.finished.wait(0.25):
             return
     block.lose("the run failed")
-    if not block.finished.wait(2 * PATIENCE):
+    if not block.finished.wait(PATIENCE):
+        if loud:
+            print(f"blockprop: stopped, since {failure['where']} failed: {failure['why']}", file=sys.stderr, flush=True)
         os._exit(3)
 
 
@@ -174,6 +183,7 @@ class _Block:
         """See `join`."""
         try:
             torch.set_num_threads(self.settings.threads or 1)
+            self._compare(rendezvous)
             state = self._state(rendezvous) if resume else None
             dataset = self._data()
             algo, neighbours = self._algorithm(dataset, rendezvous)
@@ -188,6 +198,19 @@ class _Block:
             return summary
         finally:
             self.finished.set()
+
+    def _compare(self, rendezvous: Rendezvous) -> None:
+        """Refuse to train with processes that were started with other settings."""
+        ours = {key: value for key, value in self.settings.as_dict().items() if key not in _OWN}
+        if self.place.block == 1 and self.place.replica == 0:
+            rendezvous.write("settings", ours)
+        theirs = rendezvous.wait("settings", 60)
+        for key in ours.keys() | theirs.keys():
+            if ours.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"--{key.replace('_', '-')} is {ours.get(key)} for {self.place.name} and {theirs.get(key)} for "
+                    "block-1; expected the same settings in all processes"
+                )
 
     def _state(self, rendezvous: Rendezvous) -> dict[str, Any]:
         """The newest checkpoint that all processes have."""

@@ -17,7 +17,10 @@ from blockprop.runtime.group import LostError, gloo
 from blockprop.runtime.message import Message, Precision, pack, unpack
 from blockprop.runtime.rendezvous import LOOPBACK, Rendezvous
 
-__all__ = ["Edge", "Post"]
+__all__ = ["EDGE_THREADS", "Edge", "Post"]
+
+EDGE_THREADS = ("send ", "receive ")
+"""How the names of the threads of edges begin. One that waits for a lost neighbour cannot be ended."""
 
 _COARSE = ("output", "feedback")
 _TRAINING = (*_COARSE, "points", "slopes")
@@ -144,8 +147,8 @@ class Edge:
         self._group = gloo(rendezvous, f"edge {name}", int(upper), 2, listen=listen, timeout=timeout)
         self._outbox: queue.Queue[Message | None] = queue.Queue(queue_length)
         self._closing = False
-        self._sender = threading.Thread(target=self._send_all, name=f"send {name}", daemon=True)
-        self._receiver = threading.Thread(target=self._receive_all, name=f"receive {name}", daemon=True)
+        self._sender = threading.Thread(target=self._send_all, name=f"{EDGE_THREADS[0]}{name}", daemon=True)
+        self._receiver = threading.Thread(target=self._receive_all, name=f"{EDGE_THREADS[1]}{name}", daemon=True)
         self._sender.start()
         self._receiver.start()
 

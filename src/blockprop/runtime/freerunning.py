@@ -13,7 +13,7 @@ from blockprop.cache import GluingCache, Visits
 from blockprop.executors.executor import LinkReport, StepReport, check_finite
 from blockprop.executors.pipelined import check_form
 from blockprop.latestage import Correction, LateStage, Learnt, Points
-from blockprop.runtime.mail import feedback_message, gluing_of
+from blockprop.runtime.mail import feedback_message, gluing_of, output_message, output_of
 from blockprop.runtime.message import Message
 from blockprop.runtime.neighbours import Neighbours
 from blockprop.stage import Stage
@@ -107,7 +107,7 @@ class FreeRunningExecutor:
             while (message := self.remote.post.oldest("output")) is None:
                 self._wait(late, report, "output")
             assert message.number == number, "outputs come in order"
-            inputs = message.values[0]
+            inputs = output_of(message, late.stage.index, ids)
         assert inputs is not None
         output = late.forward(number, inputs, self._fed)
         if late.top:
@@ -116,12 +116,12 @@ class FreeRunningExecutor:
             term, feedback = late.learn_top(number, targets, 1.0, quiet=quiet)
             report.loss = check_finite(term)
             if feedback is not None and self.remote.below is not None:
-                self.remote.below.send(feedback_message(number, feedback.gluing))
+                self.remote.below.send(feedback_message(number, feedback.gluing, late.version))
             late.update()
             self._left = self.repeats
         else:
             assert self.remote.above is not None
-            self.remote.above.send(Message("output", number, [output]))
+            self.remote.above.send(output_message(number, output, ids, late.version))
             if quiet:
                 assert ids is not None
                 report.learnt(late.learn_cached(number, ids, 1.0))
@@ -162,7 +162,7 @@ class FreeRunningExecutor:
             learnt = late.learn(number, gluing, 1.0, self._fed, ask=ask, ids=ids)
             report.learnt(learnt)
             if learnt.feedback is not None and self.remote.below is not None:
-                self.remote.below.send(feedback_message(number, learnt.feedback.gluing))
+                self.remote.below.send(feedback_message(number, learnt.feedback.gluing, late.version))
             late.update()
             self._left = self.repeats
         self._ids = {n: ids for n, ids in self._ids.items() if n in late.flights or n + 1 >= self._fed}

@@ -47,19 +47,19 @@ class RemoteMail:
         """Of one block."""
         return k == self._place.block
 
-    def send_output(self, k: int, number: int, output: Tensor) -> None:  # noqa: ARG002
+    def send_output(self, k: int, number: int, output: Tensor, ids: Tensor | None) -> None:  # noqa: ARG002
         """To the process above."""
         assert self._above is not None
-        self._above.send(Message("output", number, [output]))
+        self._above.send(output_message(number, output, ids, self._late.version))
 
-    def take_output(self, k: int, number: int) -> Tensor:  # noqa: ARG002
+    def take_output(self, k: int, number: int, ids: Tensor | None) -> Tensor:
         """Wait for the process below."""
-        return self._post.take("output", number).values[0]
+        return output_of(self._post.take("output", number), k, ids)
 
     def send_feedback(self, k: int, number: int, gluing: Gluing) -> None:  # noqa: ARG002
         """To the process below: the displacement alone, whose anchor the block below has."""
         assert self._below is not None
-        self._below.send(feedback_message(number, gluing))
+        self._below.send(feedback_message(number, gluing, self._late.version))
 
     def take_feedback(self, k: int, number: int) -> Gluing:  # noqa: ARG002
         """Wait for the process above."""
@@ -93,9 +93,30 @@ class RemoteMail:
         self._post.restore([Message(*message) for message in state["messages"]])
 
 
-def feedback_message(number: int, gluing: Gluing) -> Message:
-    """A gluing variable without its anchor."""
-    return Message("feedback", number, [gluing.direction], {"count": gluing.count, "scale": gluing.scale})
+def output_message(number: int, output: Tensor, ids: Tensor | None, version: int) -> Message:
+    """An output, with the examples' numbers, and how many updates the block has made."""
+    return Message("output", number, [output] if ids is None else [output, ids], {"version": version})
+
+
+def output_of(message: Message, k: int, ids: Tensor | None) -> Tensor:
+    """The output in a message to block k.
+
+    Raises:
+        ValueError: it is of other examples than this process has in that batch.
+    """
+    output, *theirs = message.values
+    if theirs and ids is not None and not torch.equal(theirs[0], ids):
+        raise ValueError(
+            f"block {k} has other examples in batch {message.number} than the block below; expected the same data, "
+            "batch size and seed in all processes"
+        )
+    return output
+
+
+def feedback_message(number: int, gluing: Gluing, version: int) -> Message:
+    """A gluing variable without its anchor, and how many updates the block above has made."""
+    more = {"count": gluing.count, "scale": gluing.scale, "version": version}
+    return Message("feedback", number, [gluing.direction], more)
 
 
 def gluing_of(message: Message, device: torch.device) -> Gluing:
