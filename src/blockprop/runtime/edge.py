@@ -2,15 +2,22 @@
 
 A group a pair, since a group of torch.distributed fails as a whole: one neighbour that is lost closes this edge alone.
 What arrives is put into the process's `Post`, where the thread that trains takes it from.
+
+gloo sends a tensor when it knows that the other side waits for it. So the receiver always has some calls waiting ahead
+of the messages: without them every message would first go once to and fro over the link. A message is a head of fixed
+size, its length, and a body; bodies of a length have a tag of their own, and calls ahead once the first has come.
 """
 
 import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from blockprop.errors import first_line
 from blockprop.runtime.group import LostError, gloo
@@ -169,29 +176,34 @@ class Edge:
         self._post.waited += time.perf_counter() - start
 
     def _send_all(self) -> None:
+        tags: dict[int, int] = {}
         try:
             while (message := self._outbox.get()) is not None:
                 body = pack(message, self._precision if message.kind in _COARSE else "float32")
-                self._group.send([torch.tensor([len(body)])], self._peer, 0).wait()
-                self._group.send([body], self._peer, 0).wait()
+                tag = tags.setdefault(len(body), len(tags) + 1)
+                head = torch.tensor([len(body), tag])
+                sent = [self._group.send([head], self._peer, 0), self._group.send([body], self._peer, tag)]
+                for one in sent:
+                    one.wait()
                 if message.kind in _TRAINING:
                     self.sent_bytes += len(body) + 8
                     self.sent_messages += 1
-            self._group.send([torch.tensor([-1])], self._peer, 0).wait()
+            self._group.send([torch.tensor([-1, 0])], self._peer, 0).wait()
         except RuntimeError as error:
             if not self._closing:
                 self._post.lose(f"edge {self.name}: {first_line(error)}")
 
     def _receive_all(self) -> None:
-        length = torch.empty(1, dtype=torch.int64)
+        heads = _Ahead(self._group, self._peer, 0, 2, torch.int64)
+        bodies: dict[int, _Ahead] = {}
         try:
             while True:
-                self._group.recv([length], self._peer, 0).wait()
-                if int(length) < 0:
+                length, tag = heads.next().tolist()
+                if length < 0:
                     return
-                body = torch.empty(int(length), dtype=torch.uint8)
-                self._group.recv([body], self._peer, 0).wait()
-                self._post.put(self.name, unpack(body))
+                if tag not in bodies:
+                    bodies[tag] = _Ahead(self._group, self._peer, tag, length, torch.uint8)
+                self._post.put(self.name, unpack(bodies[tag].next()))
         except (RuntimeError, ValueError) as error:
             if not self._closing:
                 self._post.lose(f"edge {self.name}: {first_line(error)}")
@@ -203,3 +215,22 @@ class Edge:
         self._sender.join(timeout)
         self._receiver.join(timeout)
         self._closing = True
+
+
+class _Ahead:
+    """Calls to receive tensors of one size, of which some are always waiting."""
+
+    def __init__(self, group: Any, peer: int, tag: int, size: int, dtype: torch.dtype, count: int = 4) -> None:
+        self._group, self._peer, self._tag, self._size, self._dtype = group, peer, tag, size, dtype
+        self._waiting = deque(self._call() for _ in range(count))
+
+    def _call(self) -> tuple[Tensor, Any]:
+        tensor = torch.empty(self._size, dtype=self._dtype)
+        return tensor, self._group.recv([tensor], self._peer, self._tag)
+
+    def next(self) -> Tensor:
+        """The next tensor, once it is there."""
+        tensor, work = self._waiting.popleft()
+        work.wait()
+        self._waiting.append(self._call())
+        return tensor

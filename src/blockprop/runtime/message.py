@@ -19,6 +19,7 @@ __all__ = ["Message", "Precision", "pack", "unpack"]
 Precision = Literal["float32", "bfloat16", "int8"]
 
 _ALIGNED = 16
+_HEAD = 256  # heads are padded to multiples of it, so that like messages are of one length
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)}
 _DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.bool, torch.uint8)}
 
@@ -66,6 +67,7 @@ def pack(message: Message, precision: Precision = "float32") -> Tensor:
         described.append([str(value.dtype), *([str(piece.dtype), list(piece.shape)] for piece in pieces)])
         parts += pieces
     head = json.dumps([message.kind, message.number, message.more, described]).encode()
+    head += b" " * (-len(head) % _HEAD)
     start = 4 + len(head)
     offsets, end = [], start
     for part in parts:
