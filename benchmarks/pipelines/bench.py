@@ -18,7 +18,7 @@ from benchmarks.pipelines.workloads import Workload, prepare
 from blockprop.experiments.settings import Settings
 
 Say = Callable[[str], None]
-_FIRST_STEPS = 12
+_FIRST_STEPS, _EPOCH = 12, 4
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ class Bench:
         """Only the first turn goes to the run's end, where it tells bytes and memory; later ones end with training."""
         batch = self.workload.batch
         steps = max(_FIRST_STEPS, round(self.extent.seconds * before[-1] / batch)) if before else _FIRST_STEPS
-        settings = replace(self.workload.settings, steps=steps, log_every=max(1, steps // 4))
+        settings, every = self.workload.settings, max(1, steps // 4)
         if refresh := own.flags.get("refresh"):
-            # epochs so small that a turn has two whole cycles of E of them, and tells the speed of the second
-            epoch = max(4, steps // (2 * refresh))
-            steps = 2 * refresh * epoch
-            settings = replace(settings, steps=steps, log_every=refresh * epoch, train_size=epoch * batch)
-        settings = replace(settings, evaluate_every=10**6, checkpoint_every=10**6)
+            # rows of metrics at whole cycles of refreshes, in epochs short enough to have two of them
+            every = _EPOCH * refresh
+            steps = every * max(2, -(-steps // every))
+            settings = replace(settings, train_size=_EPOCH * batch)
+        settings = replace(settings, steps=steps, log_every=every, evaluate_every=10**6, checkpoint_every=10**6)
 
         def over(so_far: Trained) -> bool:
             return bool(so_far.clock) and so_far.clock[-1][0] >= steps * batch

@@ -1,7 +1,7 @@
 """Everything that is compared, by name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from benchmarks.pipelines import peers, traffic
@@ -71,8 +71,10 @@ OWN = (
 
 def own(workload: Workload, *, linked: bool, quick: bool) -> list[Own]:
     """BlockProp's rows of a workload on a link."""
+    # over a slow link more batches have to be on their way, so that it is never idle
+    more = {"in_flight": 4} if linked else {}
     return [
-        one
+        replace(one, flags=one.flags | more) if one.policy == "free-running" else one
         for one in OWN
         if (workload.cached or one.flags["schedule"] != "cached")
         and (one.quick or not quick)

@@ -17,6 +17,7 @@ from blockprop.metrics import read_metrics
 from blockprop.runtime.rendezvous import free_port
 
 _PORT, _POLL = 29571, 0.5
+_DIVERGED = "training diverged"  # as a run says it
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Trained:
     """What a run left.
 
     Attributes:
-        curve: examples and validation loss at every evaluation.
+        curve: examples and validation loss at every evaluation; its last loss is infinity if training diverged.
         clock: examples and seconds of training, at every row of training metrics.
         summary: its `summary.json`, if it came to its end.
     """
@@ -96,6 +97,7 @@ def commands(flags: Sequence[str], out: Path, places: Sequence[Place], port: int
 def command(rank: int, settings: dict[str, Any]) -> None:
     """In a process of its own: carry out a command line; its last words are the error if it fails."""
     log = Path(settings["log"]).with_suffix(f".{rank}")
+    tempfile.tempdir = str(log.parent)  # what a run that is ended leaves goes with its folder
     with log.open("w") as said:
         for number in (1, 2):
             os.dup2(said.fileno(), number)
@@ -127,11 +129,18 @@ def train(
         out = Path(folder) / "run"
         port = _PORT if places[0].namespace else free_port()
         settings = {"commands": commands(flags, out, places, port), "log": str(Path(folder) / "log")}
-        with Crew(command, settings, places, limit) as crew:
-            while not crew.over:
-                crew.hear(_POLL)
-                if enough is not None and enough(found := _read(out)):
-                    return found
+        try:
+            with Crew(command, settings, places, limit) as crew:
+                while not crew.over:
+                    crew.hear(_POLL)
+                    if enough is not None and enough(found := _read(out)):
+                        return found
+        except FailedError as error:
+            if _DIVERGED not in str(error):
+                raise
+            found = _read(out)
+            found.curve.append((found.curve[-1][0] + 1 if found.curve else 1, math.inf))
+            return found
         return _read(out)
 
 

@@ -157,7 +157,7 @@ def workloads(data_dir: Path | None, *, quick: bool = False) -> list[Workload]:
             "MLP 784-1024^8-10, MNIST",
             replace(mnist, depth=9, lr=0.05, steps=400),
             "layer5",
-            "layer5",
+            "layer4",
             ("layer3", "layer5", "layer7"),
             large_lrs=(0.05, 0.1, 0.2),
         ),
