@@ -104,10 +104,9 @@ def check(bench: Bench, results: Results, given: argparse.Namespace) -> None:
 
 
 def quality(bench: Bench) -> dict[str, Any]:
-    """Q, backprop's examples to it, and the large batch's."""
+    """Q, and backprop's examples to it."""
     level, examples = bench.level(bench.backprop_curves())
-    lr, large = bench.large_batch(level)
-    return {"level": level, "examples": examples, "large_lr": lr, "large": [one / examples for one in large]}
+    return {"level": level, "examples": examples}
 
 
 def on_link(bench: Bench, link: Link, group: dict[str, Any], results: Results, given: argparse.Namespace) -> None:
@@ -165,6 +164,9 @@ def judged(
             return {**made, "quality_failed": str(error).splitlines()[0]}
         return report.with_quality(made, [seen / wanted["examples"] for seen in examples])
     if one.learning == "large batch":
+        if "large" not in wanted:
+            lr, large = bench.large_batch(wanted["level"])
+            wanted |= {"large_lr": lr, "large": [seen / wanted["examples"] for seen in large]}
         return report.with_quality({**made, "lr": wanted["large_lr"]}, wanted["large"])
     if one.learning == "backprop":
         return report.with_quality(made, [1.0], "≈" if bench.workload.batch_norm and one.ranks > 1 else "=")

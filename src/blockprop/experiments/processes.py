@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -381,9 +382,14 @@ def launch(settings: Settings, out: Path, *, resume: bool = False, quiet: bool =
     Raises:
         ValueError: the one mistake or failure that ended the run.
     """
+    with TemporaryDirectory(prefix="blockprop-") as temporary:  # of processes that are ended in the middle, too
+        return _launch(settings, out, temporary, resume=resume, quiet=quiet)
+
+
+def _launch(settings: Settings, out: Path, temporary: str, *, resume: bool, quiet: bool) -> dict[str, Any]:
     address = LOOPBACK, free_port()
     rendezvous = Rendezvous(address, host=True)
-    children = {place: _start(settings, out, place, address, resume=resume) for place in places(settings)}
+    children = {place: _start(settings, out, place, address, temporary, resume=resume) for place in places(settings)}
     try:
         with Board(rendezvous, places(settings)[:: settings.replicas], settings, quiet=quiet) as board:
             while all(child.poll() is None for child in children.values()):
@@ -407,12 +413,12 @@ def launch(settings: Settings, out: Path, *, resume: bool = False, quiet: bool =
 
 
 def _start(
-    settings: Settings, out: Path, place: Place, address: tuple[str, int], *, resume: bool
+    settings: Settings, out: Path, place: Place, address: tuple[str, int], temporary: str, *, resume: bool
 ) -> subprocess.Popen[bytes]:
     task = {"settings": settings.as_dict(), "out": str(out), "rank": places(settings).index(place), "resume": resume}
     threads = str(settings.threads or 1)
     quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # a lost neighbour is said in a line of our own
-    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    environment = {**os.environ, **quiet, "TMPDIR": temporary, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     child = subprocess.Popen(
         [sys.executable, "-c", "from blockprop.experiments.processes import child; child()"],
         stdin=subprocess.PIPE,
