@@ -55,7 +55,7 @@ class Own:
     only_linked: bool = False
 
 
-_LATE = {"schedule": "pipelined", "warmup": 0}
+_LATE = {"schedule": "pipelined"}
 _STEADY = {**_LATE, "microbatches": 1}
 OWN = (
     Own("BlockProp, lock-step", _STEADY, "lock-step"),

@@ -23,7 +23,7 @@ class Workload:
     Attributes:
         name: short, for the command line.
         title: in the tables.
-        settings: of one-process backprop, resolved; `steps` is the budget of the curves.
+        settings: of one-process backprop, resolved; `steps` is the budget of the curves. A warm-up is everybody's.
         cut: where two blocks are even if each does a forward and a backward pass.
         recomputing_cut: where they are even if the lower one does a second forward pass.
         four: three names that make four stages; the first and the last one are on rank 0, as ZBV wants them.
@@ -176,7 +176,7 @@ def workloads(data_dir: Path | None, *, quick: bool = False) -> list[Workload]:
         Workload(
             "gpt",
             "GPT 6 x 96, context 64, Shakespeare",
-            replace(text, optimizer="adamw", lr=3e-3, steps=300),
+            replace(text, optimizer="adamw", lr=3e-3, steps=300, warmup=30),
             "block4",
             "block4",
             ("block2", "block3", "block5"),
