@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,11 +32,12 @@ def together(count: int, work: Callable[[int, Rendezvous], Any], timeout: float 
     threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(count)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(timeout)
-        assert failed or not thread.is_alive(), "a thread hangs"
-        if failed:
-            raise failed[0]
+    deadline = time.monotonic() + timeout
+    while any(thread.is_alive() for thread in threads) and not failed:
+        assert time.monotonic() < deadline, "a thread hangs"
+        time.sleep(0.01)
+    if failed:
+        raise failed[0]  # the others wait for this one in vain
     del host
     return [made[rank] for rank in range(count)]
 
