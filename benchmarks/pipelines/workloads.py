@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import blockprop
 from benchmarks.pipelines.memory import InFlight
-from blockprop.data import Dataset, load
+from blockprop.data import Dataset
+from blockprop.experiments.ingredients import dataset_of, network_of
 from blockprop.experiments.settings import Settings
-from blockprop.models import build
 
 SEED = 0
 
@@ -58,21 +58,12 @@ class Workload:
 
     def data(self) -> Dataset:
         """The data, as a run with these settings sees them."""
-        given = self.settings
-        whole = load(
-            given.data,
-            given.data_dir,
-            validation=given.validation,
-            context=given.context,
-            augment=given.augment,
-        )
-        return whole if given.train_size is None else whole.first(given.train_size)
+        return dataset_of(self.settings)
 
     def model(self, data: Dataset) -> nn.Sequential:
         """The network, the same one every time."""
         torch.manual_seed(SEED)
-        assert self.settings.model is not None
-        return build(self.settings.model, data, width=self.settings.width, depth=self.settings.depth)
+        return network_of(self.settings, data)
 
     @property
     def optimizer(self) -> tuple[Any, float, float]:

@@ -87,11 +87,10 @@ class Latency:
     """How long messages take, in ticks beyond the one that every message takes, and how many are lost.
 
     Args:
-        longest: L ≥ 0, default 0; the extra delay of every message is drawn evenly from `shortest`, ..., L.
+        longest: L ≥ 0, default 0; the extra delay of every message is drawn evenly from 0, ..., L.
         lost: share of the feedback messages that never arrive, in [0, 1), default 0. The blocks below the loss
             do not learn from that batch.
         seed: of both draws, default 0.
-        shortest: at least so many ticks, default 0; L if it is more.
 
     Raises:
         ValueError: a value out of its range.
@@ -100,20 +99,12 @@ class Latency:
     longest: int = 0
     lost: float = 0.0
     seed: int = 0
-    shortest: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("longest", "shortest"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} delay is {value}; expected a whole number of ticks, at least 0")
+        if isinstance(self.longest, bool) or not isinstance(self.longest, int) or self.longest < 0:
+            raise ValueError(f"longest delay is {self.longest}; expected a whole number of ticks, at least 0")
         if not 0 <= self.lost < 1:
             raise ValueError(f"share of lost messages is {self.lost}; expected a number in [0, 1)")
-
-    def draw(self, draw_from: random.Random) -> int:
-        """The extra delay of a message, in ticks."""
-        longest = max(self.shortest, self.longest)
-        return draw_from.randint(self.shortest, longest) if longest > self.shortest else self.shortest
 
 
 def _none(number: int) -> bool:  # noqa: ARG001
@@ -155,7 +146,7 @@ def pipelined(
     learnt = [0] * (blocks + 1)
 
     def arrival(now: int) -> int:
-        return now + 1 + latency.draw(draw_from)
+        return now + 1 + (draw_from.randint(0, latency.longest) if latency.longest else 0)
 
     def oldest(inbox: dict[int, int], now: int) -> int | None:
         arrived = [batch for batch, when in inbox.items() if when <= now]

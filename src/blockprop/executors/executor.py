@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from blockprop.hsolvers import Solution
+from blockprop.latestage import Learnt
 from blockprop.stage import Feedback, Stage
 
 __all__ = ["DivergedError", "Executor", "LinkReport", "StepReport", "Synchronous", "check_finite"]
@@ -39,6 +40,19 @@ class LinkReport:
     stable: bool
     age: float = 0.0
     drift: float = 0.0
+
+    @classmethod
+    def of_late(cls, learnt: Learnt) -> "LinkReport":
+        """The report of feedback that came late: one h-step was taken above, or none if it was cached."""
+        return cls(
+            learnt.gluing_loss,
+            steps=int(not learnt.cached),
+            residual=1.0,
+            converged=False,
+            stable=True,
+            age=learnt.age,
+            drift=learnt.drift,
+        )
 
     @classmethod
     def of(cls, feedback: Feedback) -> "LinkReport":

@@ -33,7 +33,6 @@ class _Part:
     inputs: Tensor | None
     labels: Tensor | None
     ids: Tensor | None
-    examples: int
     share: float
 
 
@@ -250,7 +249,8 @@ class PipelinedExecutor:
             lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency, quiet=self._quiet)
         )
         self.cache = cache
-        self._visits = None if cache is None else Visits(cache().examples, refresh)
+        self._known = None if cache is None else cache()  # holds no entries: what examples there are
+        self._visits = None if self._known is None else Visits(self._known.examples, refresh)
         self.remote = remote
         self._mail: Mail | None = None
         self._lates: list[LateStage] = []
@@ -304,8 +304,8 @@ class PipelinedExecutor:
 
     def _feed(self, inputs: Tensor | None, targets: Tensor | None, ids: Tensor | None) -> int:
         known = next(value for value in (inputs, targets, ids) if value is not None)
-        if self._visits is not None and self.cache is not None:
-            ids = self.cache().check(ids, len(known))
+        if self._visits is not None and self._known is not None:
+            ids = self._known.check(ids, len(known))
             self._without.append(not self._visits.due(ids))
         cut = [
             [None] * self.microbatches if value is None else list(value.tensor_split(self.microbatches))
@@ -314,7 +314,7 @@ class PipelinedExecutor:
         for number, (one, x, y, i) in enumerate(zip(*cut, strict=True), self._fed):
             assert one is not None
             if len(one):
-                self._parts[number] = _Part(x, y, i, len(one), len(one) / len(known))
+                self._parts[number] = _Part(x, y, i, len(one) / len(known))
         self._fed += self.microbatches
         return len(known)
 
@@ -458,7 +458,7 @@ class PipelinedExecutor:
             "fed": self._fed,
             "without": list(self._without),
             "visits": None if self._visits is None else self._visits.counts,
-            "parts": [[n, p.inputs, p.labels, p.ids, p.examples, p.share] for n, p in self._parts.items()],
+            "parts": [[n, p.inputs, p.labels, p.ids, p.share] for n, p in self._parts.items()],
             "mail": None if self._mail is None else self._mail.state_dict(),
             "lates": [late.state_dict() if self._here(late) else None for late in self._lates],
             "correction": self.correction.state_dict(),
@@ -532,15 +532,7 @@ class _Report:
         self._loss[1] += part.share
 
     def link(self, link: int, learnt: Learnt) -> None:
-        self._links[link] = LinkReport(
-            learnt.gluing_loss,
-            steps=0 if learnt.cached else 1,
-            residual=1.0,
-            converged=False,
-            stable=True,
-            age=learnt.age,
-            drift=learnt.drift,
-        )
+        self._links[link] = LinkReport.of_late(learnt)
 
     def made(self, examples: int, expected: int) -> StepReport:
         total, share = self._loss

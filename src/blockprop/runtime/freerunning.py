@@ -57,7 +57,8 @@ class FreeRunningExecutor:
         self._left = 0  # of the repeats on the latest batch
         self.correction = correction or Correction()
         self.cache = cache
-        self._visits = None if cache is None else Visits(cache().examples, refresh)
+        self._known = None if cache is None else cache()  # holds no entries: what examples there are
+        self._visits = None if self._known is None else Visits(self._known.examples, refresh)
         self._late: LateStage | None = None
         self._fed = 0
         self._ids: dict[int, Tensor | None] = {}
@@ -93,8 +94,8 @@ class FreeRunningExecutor:
         waited = self.remote.post.waited
         known = next(value for value in (inputs, targets, ids) if value is not None)
         number, quiet = self._fed, False
-        if self.cache is not None and self._visits is not None:
-            ids = self.cache().check(ids, len(known))
+        if self._known is not None and self._visits is not None:
+            ids = self._known.check(ids, len(known))
             quiet = not self._visits.due(ids)
         self._fed += 1
         self._ids[number] = ids
@@ -247,15 +248,7 @@ class _Report:
         self._link: LinkReport | None = None
 
     def learnt(self, learnt: Learnt) -> None:
-        self._link = LinkReport(
-            learnt.gluing_loss,
-            steps=int(not learnt.cached),
-            residual=1.0,
-            converged=False,
-            stable=True,
-            age=learnt.age,
-            drift=learnt.drift,
-        )
+        self._link = LinkReport.of_late(learnt)
 
     def made(self, examples: int, waited: float) -> StepReport:
         return StepReport(self.loss, examples, [] if self._link is None else [self._link], waited)
