@@ -169,7 +169,7 @@ def workloads(data_dir: Path | None, *, quick: bool = False) -> list[Workload]:
             "GPT 6 x 96, context 64, Shakespeare",
             replace(text, optimizer="adamw", lr=3e-3, steps=300, warmup=30),
             "block4",
-            "block4",
+            "block3.perceptron",
             ("block2", "block3", "block5"),
             cached=False,
             large_lrs=(3e-3, 6e-3, 1.2e-2),

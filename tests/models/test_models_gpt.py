@@ -35,7 +35,7 @@ def test_positions_matter(model):
 
 
 def test_attention_is_that_of_torch(model):
-    ours = model.block1.attention
+    ours = model.block1.attention.branch
     theirs = nn.MultiheadAttention(16, 2, batch_first=True)
     theirs.in_proj_weight, theirs.in_proj_bias = ours.project.weight, ours.project.bias
     theirs.out_proj.weight, theirs.out_proj.bias = ours.contract.weight, ours.contract.bias
@@ -69,7 +69,7 @@ def test_dropout_is_for_training_only():
 
 @pytest.mark.parametrize(("width", "heads"), [(8, 1), (32, 1), (96, 3), (128, 4)])
 def test_there_is_a_head_for_every_32_features(width, heads):
-    assert gpt(5, width=width, depth=1).block1.attention.heads == heads
+    assert gpt(5, width=width, depth=1).block1.attention.branch.heads == heads
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ def gpt(
     """Make a decoder-only transformer from tokens int64 [N, T] to logits [N, T, vocabulary], T <= context.
 
     The logits at position t depend on the tokens up to t alone. Its children are ``embed``, the pre-LayerNorm
-    blocks ``block1``, ``block2``, ..., and ``head``. `torch.nn.CrossEntropyLoss` wants the classes in
-    dimension 1, so move them there first: ``loss(logits.movedim(-1, 1), targets)``.
+    blocks ``block1``, ``block2``, ..., each of an ``attention`` and a ``perceptron``, and ``head``.
+    `torch.nn.CrossEntropyLoss` wants the classes in dimension 1, so move them there first:
+    ``loss(logits.movedim(-1, 1), targets)``.
 
     Args:
         vocabulary: Number of different tokens.
@@ -51,7 +52,7 @@ def gpt(
         )
     layers: OrderedDict[str, nn.Module] = OrderedDict(embed=Embedding(vocabulary, context, width, dropout))
     for index in range(1, depth + 1):
-        layers[f"block{index}"] = DecoderBlock(width, heads, dropout)
+        layers[f"block{index}"] = decoder_block(width, heads, dropout)
     layers["head"] = nn.Sequential(OrderedDict(norm=nn.LayerNorm(width), linear=nn.Linear(width, vocabulary)))
     model = nn.Sequential(layers)
     _initialise(model, depth)
@@ -90,33 +91,42 @@ class Embedding(nn.Module):
         return embedded
 
 
-class DecoderBlock(nn.Module):
-    """Causal self-attention and a two-layer perceptron, each normalised first and added to what it read.
+def decoder_block(width: int, heads: int, dropout: float) -> nn.Sequential:
+    """Causal self-attention, then a two-layer perceptron: two children, so that a network may be cut between them.
 
     Args:
         width: Features of each token, divisible by ``heads``.
         heads: Number of attention heads.
         dropout: Probability of zeroing in training.
     """
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention = CausalAttention(width, heads, dropout)
-        self.perceptron_norm = nn.LayerNorm(width)
-        self.perceptron = nn.Sequential(
-            OrderedDict(
-                expand=nn.Linear(width, 4 * width),
-                gelu=nn.GELU(),
-                contract=nn.Linear(4 * width, width),
-                dropout=nn.Dropout(dropout),
-            )
+    attention = CausalAttention(width, heads, dropout)
+    perceptron = nn.Sequential(
+        OrderedDict(
+            expand=nn.Linear(width, 4 * width),
+            gelu=nn.GELU(),
+            contract=nn.Linear(4 * width, width),
+            dropout=nn.Dropout(dropout),
         )
+    )
+    return nn.Sequential(OrderedDict(attention=Residual(width, attention), perceptron=Residual(width, perceptron)))
+
+
+class Residual(nn.Module):
+    """A branch, normalised first and added to what it read.
+
+    Args:
+        width: Features of each token.
+        branch: From features to features.
+    """
+
+    def __init__(self, width: int, branch: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.branch = branch
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [N, T, width] to features of the same shape."""
-        features = features + self.attention(self.attention_norm(features))
-        rewritten: Tensor = self.perceptron(self.perceptron_norm(features))
+        rewritten: Tensor = self.branch(self.norm(features))
         return features + rewritten
 
 
