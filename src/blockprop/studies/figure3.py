@@ -63,8 +63,8 @@ def _rows(base: Settings, steps: int, quick: bool) -> Iterable[Row]:
     dropped = replace(base, dropout=0.2)
     yield from _references(_DROPOUT, dropped)
     yield from _by_penalty(_DROPOUT, dropped, penalties)
-    # Over the run it shrinks a block that learns nothing to a quarter, as 0.0004 does in ten full epochs; but by no more
-    # than 0.5 % a step, or BatchNorm's running statistics lag behind the weights and no row can be evaluated.
+    # Over the run it shrinks a block that learns nothing to a quarter, as 0.0004 does in ten full epochs; but by no
+    # more than 0.5 % a step, or BatchNorm's running statistics lag behind the weights and no row can be evaluated.
     decayed = replace(base, weight_decay=min(1.5 / steps, 0.005) / (10 * LR))
     yield from _references(_DECAY, decayed)
     yield from _by_penalty(_DECAY, decayed, (1e-3, 50.0))
