@@ -197,6 +197,15 @@ def up(out: Path, timeout=90):
     raise AssertionError("the run did not start")
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """Tests that were started in the background ignore Ctrl-C, and would hand that down to what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("whom", ["ctrl-c", "block", "launcher"])
 def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom):
     out = tmp_path / "run"
