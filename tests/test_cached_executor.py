@@ -171,7 +171,7 @@ def test_the_secant_is_measured_at_refreshes_from_what_is_there(along):
         way = (way * unit).sum(1, keepdim=True) * unit
     expected = float(((slopes[1] - slopes[0]) * way).sum() / way.square().sum())
     assert expected > 0
-    assert curvature.at(0) == pytest.approx(expected, rel=1e-6)
+    assert curvature.at(0, slopes[1]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -8,8 +8,11 @@ from torch import nn
 
 import blockprop
 from blockprop import GaussNewton, GradientDescent
+from blockprop.cache import GluingCache
+from blockprop.curvature import Secant
 from blockprop.diagnostics import alignment, curvature
-from conftest import batch, mlp, sgd
+from blockprop.executors.cached import CachedExecutor
+from conftest import batch, flat, mlp, sgd
 
 CE = nn.CrossEntropyLoss()
 
@@ -153,3 +156,24 @@ def test_solvers_without_a_step_size():
 def test_curvature_refuses_what_a_step_refuses(x, y):
     with pytest.raises(ValueError, match="expected"):
         curvature(make(mlp()), x, y)
+
+
+def test_alignment_under_a_cache_leaves_the_cache_alone():
+    """Exact where a batch is due for a refresh, and what the cached slopes give between; training stays the same."""
+    x, y = batch()
+    ids = torch.arange(len(x))
+
+    def steps(watched):
+        torch.manual_seed(1)
+        algo = make(mlp(), executor=CachedExecutor(GluingCache(len(x)), refresh=3, curvature=Secant(1)))
+        found = []
+        for _ in range(6):
+            found.append(alignment(algo, x, y, ids) if watched else None)
+            algo.step(x, y, ids)
+        return found, flat(algo.blocks.model.state_dict().values())
+
+    found, weights = steps(watched=True)
+    assert torch.equal(weights, steps(watched=False)[1])
+    for visit, blocks in enumerate(found):
+        exact = [one.cosine == pytest.approx(1, rel=1e-12) for one in blocks]
+        assert exact == [visit == 0, visit == 0, True]

@@ -9,8 +9,9 @@ from torch import nn
 
 import blockprop
 from blockprop.checkpoint import load_state, save_state
-from blockprop.curvature import Constant, Secant
+from blockprop.curvature import Constant, PerExample, Secant
 from blockprop.executors import PipelinedExecutor
+from blockprop.objective import TargetTerm
 from blockprop.schedules import Latency, sequential
 from conftest import batch, flat, mlp, sgd
 
@@ -217,7 +218,7 @@ def test_a_measurement_leaves_no_trace():
     """Measuring the curvature and not using it changes nothing."""
 
     class Watching(Secant):
-        def at(self, link):
+        def at(self, link, slope):
             return 0.0
 
     watching = Watching(1)
@@ -258,16 +259,49 @@ def test_other_forms_are_refused(form):
 
 def test_the_secant_of_a_quadratic_is_its_curvature():
     secant = Secant(memory=0.5)
-    old, moved = torch.randn(4, 3), torch.randn(4, 3)
-    way = moved - old
-    secant.measure(0, way, 3.0 * way)
-    assert secant.at(0) == pytest.approx(3.0, rel=1e-5)
-    secant.measure(0, way, 5.0 * way)
-    assert secant.at(0) == pytest.approx(4.0, rel=1e-5)
-    secant.measure(1, way, -way)
-    assert secant.at(1) == 0.0
-    secant.measure(0, 0 * way, 0 * way)
-    assert secant.at(0) == pytest.approx(4.0, rel=1e-5)
+    way, slope = torch.randn(4, 3), torch.randn(4, 3)
+    secant.measure(0, way, 3.0 * way, slope)
+    assert secant.at(0, slope) == pytest.approx(3.0, rel=1e-5)
+    secant.measure(0, way, 5.0 * way, slope)
+    assert secant.at(0, slope) == pytest.approx(4.0, rel=1e-5)
+    secant.measure(1, way, -way, slope)
+    assert secant.at(1, slope) == 0.0
+    secant.measure(0, 0 * way, 0 * way, slope)
+    assert secant.at(0, slope) == pytest.approx(4.0, rel=1e-5)
+
+
+def test_curvatures_in_proportion_to_slopes_are_found():
+    """One measurement finds ρ where every example's curvature is 0.7 times its slope's norm; no slope, no curvature."""
+    norms = torch.tensor([0.5, 2.0, 0.0, 3.0])
+    slope = norms[:, None, None] * torch.nn.functional.normalize(torch.randn(4, 6), dim=1).view(4, 2, 3)
+    way = torch.randn(4, 2, 3)
+    curvature = PerExample()
+    curvature.measure(0, way, 0.7 * norms[:, None, None] * way, slope)
+    assert torch.allclose(curvature.at(0, slope), 0.7 * norms[:, None, None], rtol=1e-5)
+    assert torch.allclose(PerExample(Constant(2.0)).at(0, slope), 2 * norms[:, None, None], rtol=1e-5)
+
+
+def test_a_constant_per_example_makes_targets_equally_far():
+    """κ_i = ρ ‖g_i‖: the slope vanishes at b_old - ĝ/ρ, for every example."""
+    slope, old = torch.randn(5, 4).double(), torch.randn(5, 4).double()
+    count = 5.0
+    curvature = PerExample(Constant(4.0)).at(0, slope)
+    target = old - torch.nn.functional.normalize(slope, dim=1) / 4
+    for along in (False, True):
+        root = TargetTerm(old, slope / count, count, curvature, along).root(target)
+        assert root.slope is not None
+        assert torch.allclose(root.slope, torch.zeros(5, 4).double(), atol=1e-12)
+
+
+def test_curvatures_per_example_are_measured_and_used():
+    """Another κ per example gives other weights than one per link."""
+    ratio = Secant(every=2)
+    across = PerExample(Secant(2))
+    _, _, weights = trained(PipelinedExecutor(curvature=PerExample(ratio), along=True, across=across))
+    assert set(ratio.values) == {0, 1}
+    assert min(ratio.values.values()) > 0
+    _, _, others = trained(PipelinedExecutor(curvature=Secant(2), along=True, across=Secant(2)))
+    assert not torch.equal(weights, others)
 
 
 def test_the_links_take_turns():

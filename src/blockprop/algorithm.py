@@ -250,9 +250,9 @@ class BlockProp(_Trained):
         """
         return self._run(inputs, targets, ids, update=True)
 
-    def gradient(self, inputs: Tensor, targets: Tensor) -> StepReport:
-        """As `step`, but the gradients are left on the parameters' `.grad` and no weight is updated."""
-        return self._run(inputs, targets, None, update=False)
+    def gradient(self, inputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> StepReport:
+        """As `step`, but the gradients are left on the parameters' `.grad` and no weight is updated, nor a cache."""
+        return self._run(inputs, targets, ids, update=False)
 
     def finish(self) -> StepReport | None:
         """Learn from what is still on its way in a pipeline; None where nothing is. Call it after the last step."""

@@ -12,27 +12,36 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Constant", "Curvature", "Secant"]
+__all__ = ["Constant", "Curvature", "PerExample", "Secant"]
 
 
 class Curvature(Protocol):
     """Anything that says how curved the loss is in the outputs of every link's lower block."""
 
-    def at(self, link: int) -> float:
-        """κ ≥ 0 of a link, from 0 at the bottom; of the sum over predictions, as λ is."""
+    def at(self, link: int, slope: Tensor) -> float | Tensor:
+        """κ ≥ 0 of the sum over predictions, as λ is.
+
+        Args:
+            link: from 0 at the bottom.
+            slope: the feedback that κ is to correct, of each example's own summed loss, shape [N, ...].
+
+        Returns:
+            One for all examples, or a tensor that broadcasts to the slope's shape.
+        """
         ...
 
     def wants(self, link: int, links: int, tick: int) -> bool:
         """Whether a measurement at that link would be of use now; each costs two passes through all that is above."""
         ...
 
-    def measure(self, link: int, way: Tensor, change: Tensor) -> None:
+    def measure(self, link: int, way: Tensor, change: Tensor, slope: Tensor) -> None:
         """Learn from how far a block's output moved, and by how much the slope of the batch's summed loss changed.
 
         Args:
             link: from 0 at the bottom.
             way: d, shape [N, ...].
             change: today's slope after the way minus today's slope before it, shape [N, ...].
+            slope: the slope before the way, shape [N, ...].
         """
         ...
 
@@ -63,7 +72,7 @@ class Constant:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"curvature is {value}; expected a finite number of at least 0")
 
-    def at(self, link: int) -> float:
+    def at(self, link: int, slope: Tensor) -> float:  # noqa: ARG002
         """The value given."""
         return float(self.values[link] if isinstance(self.values, Sequence) else self.values)
 
@@ -71,7 +80,7 @@ class Constant:
         """Never."""
         return False
 
-    def measure(self, link: int, way: Tensor, change: Tensor) -> None:
+    def measure(self, link: int, way: Tensor, change: Tensor, slope: Tensor) -> None:
         """Nothing to learn."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,7 +115,7 @@ class Secant:
         if not 0 <= self.memory < 1:
             raise ValueError(f"memory is {self.memory}; expected a number in [0, 1)")
 
-    def at(self, link: int) -> float:
+    def at(self, link: int, slope: Tensor) -> float:  # noqa: ARG002
         """The running mean."""
         return self.values.get(link, 0.0)
 
@@ -114,7 +123,7 @@ class Secant:
         """At every n-th tick, of one link."""
         return tick % self.every == 0 and tick // self.every % links == link
 
-    def measure(self, link: int, way: Tensor, change: Tensor) -> None:
+    def measure(self, link: int, way: Tensor, change: Tensor, slope: Tensor) -> None:  # noqa: ARG002
         """Take the secant of the loss above along the way; a block that has not moved tells nothing."""
         square = float(torch.sum(way * way))
         if square == 0:
@@ -130,3 +139,46 @@ class Secant:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with these means."""
         self.values = dict(state["values"])
+
+
+@dataclass(frozen=True)
+class PerExample:
+    """Another κ for every example, in proportion to its slope: κ_i = ρ ‖g_i‖.
+
+    With a cross-entropy, an example that is classified well has a small slope and a small curvature, both in
+    proportion to what is missing of its probability. The target is then as far away for every example, 1/ρ.
+
+    Args:
+        ratio: ρ of every link: a [`Constant`][blockprop.curvature.Constant], or a
+            [`Secant`][blockprop.curvature.Secant] that measures ρ = Σ_i ⟨Δg_i, d_i⟩ / Σ_i ‖g_i‖ ‖d_i‖²; default the
+            latter.
+    """
+
+    ratio: Curvature = field(default_factory=Secant)
+
+    def at(self, link: int, slope: Tensor) -> Tensor:
+        """ρ ‖g_i‖, shape [N, 1, ...]."""
+        ratio = self.ratio.at(link, slope)
+        return ratio * _norms(slope)
+
+    def wants(self, link: int, links: int, tick: int) -> bool:
+        """As the ratio does."""
+        return self.ratio.wants(link, links, tick)
+
+    def measure(self, link: int, way: Tensor, change: Tensor, slope: Tensor) -> None:
+        """Learn ρ: the secant along a way that is longer by √‖g_i‖, of a change that is smaller by as much."""
+        root = _norms(slope).sqrt()
+        self.ratio.measure(link, root * way, (change / root).where(root > 0, 0), slope)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ratio's."""
+        return self.ratio.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the ratio's."""
+        self.ratio.load_state_dict(state)
+
+
+def _norms(slope: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(slope, dim=tuple(range(1, slope.ndim)), keepdim=True)
+    return norms

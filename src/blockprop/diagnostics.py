@@ -66,7 +66,7 @@ def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def alignment(algo: BlockProp, inputs: Tensor, targets: Tensor) -> list[Alignment]:
+def alignment(algo: BlockProp, inputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> list[Alignment]:
     """Cosine and norm ratio of every block's gradient to backprop's, on a batch; bottom block first.
 
     Weights, buffers, gradients and random state are left as they were. Costs one step of each algorithm.
@@ -75,12 +75,13 @@ def alignment(algo: BlockProp, inputs: Tensor, targets: Tensor) -> list[Alignmen
         algo: the algorithm as it trains.
         inputs: a batch, shape [N, ...].
         targets: its targets, N rows.
+        ids: the examples' numbers, int64 [N]; needed with a cache, which stays as it is.
 
     Raises:
         ValueError: as in `BlockProp.step`.
     """
     with _untouched(algo):
-        algo.gradient(inputs, targets)
+        algo.gradient(inputs, targets, ids)
         ours = _taken(algo.wsteps)
     with _untouched(algo):
         backprop_gradient(algo.blocks, algo.wsteps, algo.loss, inputs, targets, precision=algo.precision)

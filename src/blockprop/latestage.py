@@ -229,7 +229,8 @@ class LateStage:
                 self.measured(points, slopes)
         if ids is not None and self.cache is not None:
             self._store(ids, old, gluing, tick)
-        kappa, across = correction.curvature.at(self.link), correction.across.at(self.link)
+        whole = gluing.direction * gluing.count
+        kappa, across = (one.at(self.link, whole) for one in (correction.curvature, correction.across))
         target = TargetTerm(old, gluing.direction, gluing.count, kappa, correction.along, across)
         before = [p.grad for p in self.stage.wstep.parameters]
         self._latest = None if correction.reuse else (evaluation, target)
@@ -259,7 +260,7 @@ class LateStage:
         self.cache.visit(ids)
         self._fresh = True
         slope = Gluing(anchor, direction / (self._count * len(output)), self._count * len(output))
-        kappa = self.correction.curvature.at(self.link)
+        kappa = self.correction.curvature.at(self.link, direction)
         target = TargetTerm(anchor, slope.direction, slope.count, kappa, along=True)
         self.stage.add_gradient(evaluation, target, share=share)
         age = float(self.cache.visits(ids)[0].float().mean())
@@ -328,7 +329,7 @@ class LateStage:
         self._count = gluing.count / len(old)
         if (self.cache.written(ids) >= 0).all():
             anchor, then = (value.to(old) for value in self.cache.read(0, ids))
-            self.correction.curvature.measure(self.link, projected(old - anchor, then), now - then)
+            self.correction.curvature.measure(self.link, projected(old - anchor, then), now - then, then)
         self.cache.write(0, ids, old, now, step=tick)
 
     # -- curvature, measured by the blocks above
@@ -350,7 +351,7 @@ class LateStage:
         """Learn the curvature of the link above from slopes at this block's outputs."""
         pairs = zip(points[1:], slopes[1:], strict=True)
         for curvature, (point, slope) in zip((self.correction.curvature, self.correction.across), pairs, strict=False):
-            curvature.measure(self.link, point - points[0], slope - slopes[0])
+            curvature.measure(self.link, point - points[0], slope - slopes[0], slopes[0])
 
     def carried(self, points: Points) -> Points:
         """This block's outputs at another's outputs: no trace is left in weights, buffers or random numbers."""

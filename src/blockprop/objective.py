@@ -98,11 +98,11 @@ class TargetTerm:
         old: b_old(h), the block's output when it was sent up, shape [N, ...].
         slope: g, the gradient in it of the mean loss, shape [N, ...].
         count: the number of predictions.
-        curvature: κ ≥ 0, of the sum over predictions, as λ is: one, or one per example, shape [N].
+        curvature: κ ≥ 0, of the sum over predictions, as λ is: one, or a tensor that broadcasts to [N, ...].
         along: let κ act on the part of d along each example's g alone, default False. The loss above is curved along
             its own slope far more than in other directions, and the target is then a plane: reached ‖g‖/κ down
             the slope, wherever else the output has gone.
-        across: the curvature in all directions across the slope, if `along`; default 0.
+        across: the curvature in all directions across the slope, if `along`; default 0. One or several, as κ.
     """
 
     old: Tensor
@@ -110,18 +110,17 @@ class TargetTerm:
     count: float
     curvature: float | Tensor
     along: bool = False
-    across: float = 0.0
+    across: float | Tensor = 0.0
 
     def _slope(self, moved: Tensor) -> Tensor:
-        curvature = self.curvature
-        slope = self.slope
-        if self.along:
-            part = projected(moved, slope)
-            if self.across:
-                slope = torch.add(slope, moved - part, alpha=self.across / self.count)
-            moved = part
+        if not self.along:
+            return self._corrected(self.slope, moved, self.curvature)
+        part = projected(moved, self.slope)
+        return self._corrected(self._corrected(self.slope, moved - part, self.across), part, self.curvature)
+
+    def _corrected(self, slope: Tensor, moved: Tensor, curvature: float | Tensor) -> Tensor:
         if isinstance(curvature, Tensor):
-            return slope + curvature.view(-1, *[1] * (moved.ndim - 1)) / self.count * moved
+            return torch.addcmul(slope, moved, curvature.to(moved.dtype), value=1 / self.count)
         return torch.add(slope, moved, alpha=curvature / self.count) if curvature else slope
 
     def mean(self, output: Tensor) -> tuple[Tensor, float]:

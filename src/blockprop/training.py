@@ -245,7 +245,7 @@ class Training:
         self.seconds += time.perf_counter() - start
         if self.diagnose_every and self.step % self.diagnose_every == 0:
             assert inputs is not None and targets is not None
-            self._diagnose(inputs, targets)
+            self._diagnose(inputs, targets, ids)
         if index == 0:
             self.epoch_means = Means()
         start = time.perf_counter()
@@ -304,12 +304,12 @@ class Training:
     def _executor(self) -> Executor | None:
         return self.algo.executor if isinstance(self.algo, BlockProp) else None
 
-    def _diagnose(self, inputs: Tensor, targets: Tensor) -> None:
+    def _diagnose(self, inputs: Tensor, targets: Tensor, ids: Tensor) -> None:
         assert isinstance(self.algo, BlockProp)
         if isinstance(pipeline := self._executor, PipelinedExecutor):
             pipeline.watch(len(self.algo.blocks))
             return
-        found = alignment(self.algo, inputs, targets)
+        found = alignment(self.algo, inputs, targets, ids)
         self._write(
             "diagnostics",
             {

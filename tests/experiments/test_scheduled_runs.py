@@ -120,3 +120,19 @@ def test_alignment_with_todays_gradient_is_in_the_metrics(tmp_path):
     assert len(found) == 3
     assert all(len(row["cosine"]) == len(row["norm_ratio"]) == 3 for row in found)
     assert all(0.3 < cosine <= 1 + 1e-9 for row in found for cosine in row["cosine"])
+
+
+@pytest.mark.parametrize("schedule", [PIPELINED, CACHED])
+def test_staleness_is_drawn(tmp_path, schedule):
+    """Age, drift and alignment have panels of their own in the report, and only where feedback was late."""
+    assert train(tmp_path / "sync") == 0
+    assert main(["report", str(tmp_path / "sync")]) == 0
+    without = plotted(tmp_path / "sync")
+    assert train(tmp_path / "late", *schedule, "--diagnose-every", "7") == 0
+    assert main(["report", str(tmp_path / "late")]) == 0
+    assert plotted(tmp_path / "late") > without
+
+
+def plotted(folder):
+    """The height of a comparison's picture, from the PNG's header."""
+    return int.from_bytes((folder / "comparison.png").read_bytes()[20:24], "big")

@@ -102,7 +102,7 @@ class CachedExecutor(Synchronous):
         visits = self.cache.visits(ids)
         entries = None if (visits < 0).any() else [self._entries(link, ids, at) for link, at in enumerate(outputs)]
         # what one link asks for, all get: the measurement is free once the batch is refreshed
-        wanted = any(self.curvature.wants(link, len(outputs), self.tick) for link in range(len(outputs)))
+        wanted = update and any(self.curvature.wants(link, len(outputs), self.tick) for link in range(len(outputs)))
         if entries is None or (visits >= self.refresh - 1).any() or wanted or self._spent(entries, outputs):
             links = self._refresh(stages, evaluations, targets, ids, update, entries if wanted else None)
         else:
@@ -123,11 +123,15 @@ class CachedExecutor(Synchronous):
         moved = output - entry.anchor
         return projected(moved, entry.direction) if self.along else moved
 
+    def _correction(self, link: int, entry: Entries, output: Tensor) -> Tensor:
+        """What κ adds to the cached slope."""
+        return self.curvature.at(link, entry.direction) * self._way(entry, output)
+
     def _spent(self, entries: Sequence[Entries], outputs: Sequence[Tensor]) -> bool:
         if self.residual is None:
             return False
         return any(
-            self.curvature.at(link) * _norm(self._way(entry, output)) > self.residual * _norm(entry.direction)
+            _norm(self._correction(link, entry, output)) > self.residual * _norm(entry.direction)
             for link, (entry, output) in enumerate(zip(entries, outputs, strict=True))
         )
 
@@ -161,7 +165,7 @@ class CachedExecutor(Synchronous):
 
     def _measure(self, link: int, then: Entries, now: Entries) -> None:
         # both slopes are known: nothing is evaluated
-        self.curvature.measure(link, self._way(then, now.anchor), now.direction - then.direction)
+        self.curvature.measure(link, self._way(then, now.anchor), now.direction - then.direction, then.direction)
 
     def _reuse(
         self,
@@ -177,10 +181,10 @@ class CachedExecutor(Synchronous):
         links: list[LinkReport] = []
         for link, (stage, entry) in enumerate(zip(stages, entries, strict=False)):
             evaluation = evaluations[link]
-            curvature = self.curvature.at(link)
+            curvature = self.curvature.at(link, entry.direction)
             output, slope = evaluation.output.detach(), entry.direction / count
             stage.add_gradient(evaluation, TargetTerm(entry.anchor, slope, count, curvature, self.along))
-            corrected = torch.add(entry.direction, self._way(entry, output), alpha=curvature)
+            corrected = entry.direction + self._correction(link, entry, output)
             age = float(visits[link].float().mean()) + 1
             links.append(_report(stage.above, corrected, output - entry.anchor, age))
         stages[-1].add_gradient(evaluations[-1], targets)

@@ -177,6 +177,8 @@ def markdown(made: Sequence[Group]) -> str:
 def plot(made: Sequence[Group], path: Path, title: str) -> None:
     """Training loss, validation, test result by seed, and gluing loss: one PNG (or SVG, by the name).
 
+    Where feedback was late, in a pipeline or from a cache, age, drift and alignment with backprop stand below.
+
     Raises:
         ValueError: matplotlib is not installed.
     """
@@ -190,9 +192,14 @@ def plot(made: Sequence[Group], path: Path, title: str) -> None:
     # room for the tick labels in the lower row, and for the legend below it
     lower = max(3.5, 0.2 * len(ticks) * max(label.count("\n") + 1 for label in ticks))
     below = 0.17 * sum(label.count("\n") + 1 for label in legend) / columns
-    figure = Figure(figsize=(13, 4 + lower + below), layout="constrained")
+    stale = [one for one in _STALENESS if any(_curves(group, *one.source) for group in made)]
+    stale = stale if any(one.tells_of_delay for one in stale) else []
+    heights = [3.5, lower, *[3.0] * bool(stale)]
+    figure = Figure(figsize=(13, 0.5 + sum(heights) + below), layout="constrained")
     figure.suptitle(_wrapped(title, 100, 4), fontsize=13)
-    loss, validation, test, gluing = figure.subplots(2, 2, height_ratios=[3.5, lower]).flat
+    rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    (loss, validation), (test, gluing) = (row.subplots(1, 2) for row in rows[:2])
+    below_these = rows[2].subplots(1, len(stale), squeeze=False)[0] if stale else ()
     accuracy = any(group.values("test_accuracy") for group in made)
     measure, scale = ("accuracy", 100) if accuracy else ("loss", 1)
     lines = []
@@ -207,6 +214,10 @@ def plot(made: Sequence[Group], path: Path, title: str) -> None:
             test.errorbar(statistics.fmean(values), index, xerr=spread, fmt="o", color=style["color"], capsize=4)
             test.plot(values, [index + 0.18] * len(values), "|", color=style["color"], markersize=9)
         _gluing(gluing, group, index)
+        for axes, one in zip(below_these, stale, strict=True):
+            _band(axes, group, *one.source, style)
+    for axes, one in zip(below_these, stale, strict=True):
+        axes.set(title=one.title, xlabel="epoch", ylabel=f"mean over {'links' if one.tells_of_delay else 'blocks'}")
     loss.set(title="training loss", xlabel="epoch", yscale="log")
     validation.set(title=f"validation {measure}" + (" (%)" if accuracy else ""), xlabel="epoch")
     if not validation.lines:
@@ -217,13 +228,29 @@ def plot(made: Sequence[Group], path: Path, title: str) -> None:
     test.set_yticks(range(len(made)), ticks, fontsize=9)
     test.set_ylim(len(made) - 0.5, -0.5)
     gluing.set(title="gluing loss ‖h* − b(h)‖² in the last epoch", xlabel="link, from the input", yscale="log")
-    for axes in (loss, validation, test, gluing):
+    for axes in (loss, validation, test, gluing, *below_these):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     gluing.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(lines, legend, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+@dataclass(frozen=True)
+class _Staleness:
+    """A panel about late feedback: where its figures are in the metrics, and whether they are there with delay only."""
+
+    source: tuple[str, str]
+    title: str
+    tells_of_delay: bool = True
+
+
+_STALENESS = (
+    _Staleness(("train", "age"), "age of feedback: ticks, or visits"),
+    _Staleness(("train", "drift"), "drift ‖b_now(h) − b_old(h)‖²"),
+    _Staleness(("diagnostics", "cosine"), "cosine with backprop's gradient", tells_of_delay=False),
+)
 
 
 def _wrapped(text: str, width: int, lines: int) -> str:
@@ -233,10 +260,7 @@ def _wrapped(text: str, width: int, lines: int) -> str:
 
 def _band(axes: Any, group: Group, kind: str, key: str, style: dict[str, Any], scale: float = 1.0) -> None:
     """Mean over seeds as a line, one standard deviation as a band, at the steps that every seed has."""
-    curves = []
-    for run in group.runs:
-        rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if row["kind"] == kind]
-        curves.append({row["epoch"]: scale * row[key] for row in rows if row.get(key) is not None})
+    curves = _curves(group, kind, key, scale)
     epochs = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     if not epochs:
         return
@@ -248,6 +272,24 @@ def _band(axes: Any, group: Group, kind: str, key: str, style: dict[str, Any], s
         low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
         high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
         axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _curves(group: Group, kind: str, key: str, scale: float = 1.0) -> list[dict[float, float]]:
+    """A figure over epochs, of every run that has it; the mean where there is one for every link or block."""
+    found = []
+    for run in group.runs:
+        rows = (row for row in read_metrics(run.folder / "metrics.jsonl") if row["kind"] == kind)
+        curve = {row["epoch"]: _mean(row.get(key)) for row in rows}
+        found.append({epoch: scale * value for epoch, value in curve.items() if value is not None})
+    return [curve for curve in found if curve]
+
+
+def _mean(value: float | list[float | None] | None) -> float | None:
+    """A number; the mean of several, as far as they are known."""
+    if not isinstance(value, list):
+        return value
+    known = [one for one in value if one is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _cut_below_the_plateau(axes: Any) -> None:

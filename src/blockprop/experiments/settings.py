@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from blockprop.cache import GluingCache
-from blockprop.curvature import Constant, Secant
+from blockprop.curvature import Constant, Curvature, PerExample, Secant
 from blockprop.data import NAMES
 from blockprop.executors import CachedExecutor, Executor, PipelinedExecutor, ReplayedExecutor
 from blockprop.experiments.optimizers import OptimizerName, optimizer_named
@@ -192,6 +192,13 @@ class Settings:
             "along and across it, measured apart.",
         ),
     ] = "both"
+    per_example: Annotated[
+        bool,
+        _option(
+            _SCHEDULE,
+            "A κ for every example, in proportion to its slope's norm; --curvature is then the ratio of the two.",
+        ),
+    ] = False
     cache: Annotated[
         str,
         _option(
@@ -415,11 +422,12 @@ class Settings:
         if schedule != "cached":
             found |= dict.fromkeys(_CACHE_ONLY, "is of --schedule cached")
         if schedule == "sync":
-            found["curvature"] = "is of --schedule cached or pipelined"
+            found |= dict.fromkeys(("curvature", "per_example"), "is of --schedule cached or pipelined")
         elif self.feedback != "target":
-            found["curvature"] = found["directions"] = "is of --feedback target"
+            found |= dict.fromkeys(("curvature", "per_example", "directions"), "is of --feedback target")
         elif self.replay:
-            found["curvature"] = "has no place in the published form: leave out --replay, or this"
+            reason = "has no place in the published form: leave out --replay, or this"
+            found |= dict.fromkeys(("curvature", "per_example"), reason)
         if self.algorithm == "backprop":
             found |= dict.fromkeys(BLOCKPROP_ONLY, "is of blockprop, not of --algorithm backprop")
         else:
@@ -427,8 +435,6 @@ class Settings:
                 found["recompute"] = "is of --schedule sync"
                 if self.executor == "threads":
                     found["executor"] = "threads is of --schedule sync"
-            if schedule == "cached":
-                found["diagnose_every"] = "is of --schedule sync or pipelined"
             if self.h_solver != "momentum":
                 found["h_momentum"] = f"is of --h-solver momentum, not of {self.h_solver}"
             if self.h_solver == "gauss-newton":
@@ -520,18 +526,19 @@ class Settings:
             microbatches=1 if parts is None else parts, latency=latency, correction=self._correction(), **more
         )
 
-    def _curvature(self) -> Constant | None:
+    def _curvature(self) -> Curvature:
         if self.feedback != "target":
             return Constant(0.0)
-        return None if self.curvature == "auto" else Constant(self.curvature)
+        found = Secant() if self.curvature == "auto" else Constant(self.curvature)
+        return PerExample(found) if self.per_example else found
 
     def _correction(self) -> Correction:
-        curvature = self._curvature()
-        apart = curvature is None and self.directions == "both"  # a κ that is given is for all directions
+        # a κ that is given is for all directions
+        apart = self.feedback == "target" and self.curvature == "auto" and self.directions == "both"
         return Correction(
-            curvature=curvature,
+            curvature=self._curvature(),
             along=apart or self.directions == "along",
-            across=Secant() if apart else None,
+            across=self._curvature() if apart else None,
             reuse=self.feedback == "stashed",
             prediction=self.prediction,
             compensation=self.compensation,

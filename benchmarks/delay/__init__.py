@@ -1,0 +1,1 @@
+"""Learning under delay, beside backprop: `python -m benchmarks.delay`."""

@@ -1,0 +1,66 @@
+"""Learning under delay: late feedback of every kind beside backprop, by quality and by examples to quality.
+
+Every run is a simulation of the pipeline, tick by tick, in one process. Four studies of each task: `methods`, all of
+them at K = 4, each with three step sizes on one seed; `finals`, backprop, the delayed gradient, the default, the
+default with messages that are late or lost, and the three best methods at K = 2, 4, 8 on three seeds; `stable`, how
+large a step size may be; `longer`, many steps with a decaying step size. A run that is finished is never made again,
+and one that was stopped goes on.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.delay import studies
+from benchmarks.delay.tasks import tasks
+from blockprop.studies.publish import publish, write_tables
+from blockprop.studies.study import Outcome, Study, run_study
+
+STUDIES = ("methods", "finals", "stable", "longer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the shape of the tables in minutes, not to quote")
+    parser.add_argument("--out", type=Path, default=Path("studies/delay"), help="folder of runs, tables and figures")
+    parser.add_argument("--data-dir", type=Path, help="folder with the data's published files")
+    parser.add_argument("--tasks", nargs="+", choices=["mlp", "gpt", "muon", "resnet"], help="default: all")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, help="default: all, with --quick the first two")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--redraw", action="store_true", help="run nothing: write tables and figures anew")
+    given = parser.parse_args()
+    for task in tasks(given.data_dir, quick=given.quick):
+        if given.tasks and task.name not in given.tasks:
+            continue
+        tuned = studies.tuning(task)
+        made: dict[str, Callable[[Sequence[Outcome]], Study]] = {
+            "methods": lambda _outcomes, tuned=tuned: tuned,  # type: ignore[misc]
+            "finals": lambda outcomes, task=task: studies.finals(task, outcomes),  # type: ignore[misc]
+        }
+        if not given.quick:
+            made["stable"] = lambda _outcomes, task=task: studies.stable(task)  # type: ignore[misc]
+        if task.long:
+            made["longer"] = lambda outcomes, task=task: studies.longer(task, outcomes)  # type: ignore[misc]
+        for name, study in made.items():
+            outcomes = tuned.outcomes(given.out / task.name / "methods")
+            if given.studies and name not in given.studies:
+                continue
+            if name in ("finals", "longer") and not all(outcome.summaries for outcome in outcomes):
+                print(f"{task.name}: {name} wait for the step sizes of the study methods, which is not finished")
+                continue
+            _carry_out(study(outcomes), given.out / task.name / name, given)
+
+
+def _carry_out(study: Study, out: Path, given: argparse.Namespace) -> None:
+    command = (
+        "python -m benchmarks.delay" + " --quick" * given.quick + f" --tasks {out.parent.name} --studies {out.name}"
+    )
+    if not given.redraw:
+        out.mkdir(parents=True, exist_ok=True)
+        run_study(study, out, jobs=given.jobs, on_row=lambda _row: write_tables(study, out, command))
+    publish(study, out, command)
+    print(f"figure, tables and README: {out}")
+
+
+if __name__ == "__main__":
+    main()

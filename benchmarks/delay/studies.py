@@ -1,0 +1,113 @@
+"""What is run about a task: which rows, at which step sizes, on which seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.delay import tables
+from benchmarks.delay.tasks import ASTRAY, BACKPROP, DEFAULT, DELAYED, WARM_BACKPROP, Task, astray, methods
+from blockprop.studies.study import Outcome, Row, Study
+
+STYLES: dict[str, tuple[tuple[str, Any], ...]] = {
+    BACKPROP: (("color", "k"),),
+    DELAYED: (("color", "C3"),),
+    DEFAULT: (("color", "C0"),),
+}
+
+
+def tuning(task: Task) -> Study:
+    """All methods at K = 4, each at the best of three step sizes, on one seed."""
+    rows = tuple(row(task, method, 4, task.lrs) for method in methods(task))
+    return _study(f"delay-{task.name}-methods", f"{task.title}: all methods at K = 4", rows, (0,), task)
+
+
+def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
+    """Backprop, the delayed gradient, the default, the default astray and the best others, on three seeds.
+
+    Args:
+        task: the task.
+        outcomes: of its `tuning`.
+    """
+    lrs = {outcome.row.label: outcome.lr for outcome in outcomes}
+    losses = {one.row.label: tables.at_budget(one, task) for one in outcomes}
+    others = [name for name in lrs if name not in (BACKPROP, WARM_BACKPROP, DELAYED)]
+    best = sorted(others, key=lambda name: math.inf if (loss := losses[name]) is None else loss)[:3]
+    lrs[ASTRAY] = lrs[DEFAULT]
+    chosen = list(dict.fromkeys([BACKPROP, DELAYED, *best, DEFAULT, ASTRAY]))
+    rows = tuple(row(task, method, blocks, lr=lrs[method]) for blocks in task.cuts for method in chosen)
+    return _study(f"delay-{task.name}", task.title, rows, (0,) if task.brief else (0, 1, 2), task)
+
+
+def stable(task: Task) -> Study:
+    """Backprop, the delayed gradient and the default at K = 4, with the smallest step size doubled time and again."""
+    half = {"steps": task.budget // 2}
+    rows = tuple(
+        replace(one, label=f"{method}, step size {lr:g}", settings=replace(one.settings, **half))
+        for method in (BACKPROP, DELAYED, DEFAULT)
+        for lr in (task.lrs[0] * 2**power for power in range(7))
+        for one in (row(task, method, 4, lr=lr),)
+    )
+    return Study(
+        name=f"delay-{task.name}-stable",
+        title=f"{task.title}: how large a step size may be, K = 4",
+        about=tables.ABOUT_STABLE.format(steps=half["steps"], limit=tables.LEARNT * task.chance),
+        rows=rows,
+        seeds=(0,),
+        draw=tables.draw,
+        tell=lambda _study, outcomes: tables.tell_stable(outcomes, task),
+    )
+
+
+def longer(task: Task, outcomes: Sequence[Outcome]) -> Study:
+    """Backprop, the delayed gradient and the default for many steps, with a warm-up and cosine decay.
+
+    Args:
+        task: the task.
+        outcomes: of its `tuning`: at the step sizes that were best there.
+    """
+    lrs = {outcome.row.label: outcome.lr for outcome in outcomes}
+    whole = {"steps": task.long, "warmup": task.long // 10, "lr_schedule": "cosine", "evaluate_every": task.long // 60}
+    rows = tuple(
+        replace(one, settings=replace(one.settings, **whole))
+        for blocks in (2, 4)
+        for method in (BACKPROP, DELAYED, DEFAULT)
+        for one in (row(task, method, blocks, lr=lrs[method]),)
+    )
+    return Study(
+        name=f"delay-{task.name}-longer",
+        title=f"{task.title}: {task.long} steps",
+        about=f"\n{task.long} steps with a warm-up over the first tenth and cosine decay to nothing, one seed.",
+        rows=rows,
+        seeds=(0,),
+        draw=tables.draw,
+        tell=tables.tell_last,
+    )
+
+
+def row(task: Task, method: str, blocks: int, lrs: tuple[float, ...] = (), lr: float | None = None) -> Row:
+    """One method on one task, cut into K blocks, for twice the budget."""
+    chosen: Mapping[str, Any] = astray(task) if method == ASTRAY else methods(task)[method]
+    settings = replace(
+        task.cut_into(blocks),
+        steps=2 * task.budget,
+        evaluate_every=max(1, task.budget // (10 if task.brief else 50)),
+        log_every=max(1, task.budget // 50),
+        # backprop does not depend on K: one run stands in every panel
+        blocks=4 if method in (BACKPROP, WARM_BACKPROP) else blocks,
+        lr=task.settings.lr if lr is None else lr,
+        **chosen,
+    )
+    return Row(f"{task.title}, K = {blocks}", method, settings, lrs, style=STYLES.get(method, ()))
+
+
+def _study(name: str, title: str, rows: tuple[Row, ...], seeds: tuple[int, ...], task: Task) -> Study:
+    return Study(
+        name=name,
+        title=title,
+        about=tables.ABOUT.format(budget=task.budget, twice=2 * task.budget),
+        rows=rows,
+        seeds=seeds,
+        draw=tables.draw,
+        tell=lambda study, outcomes: tables.tell(study, outcomes, task),
+    )

@@ -1,0 +1,165 @@
+"""Quality, examples to quality, and what is written about them."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.delay.tasks import BACKPROP, Task
+from blockprop.studies.drawing import band, curves, figure_of, tidy
+from blockprop.studies.publish import markdown_table, spread
+from blockprop.studies.study import Outcome, Study
+
+ABOUT = """
+Simulated pipelines in one process, tick by tick. Budget {budget} steps; runs go on to {twice}. Quality is the
+validation loss at the budget, a running median of three evaluations. Q is backprop's mean validation loss at 80 % of
+the budget. "Examples to Q" is the count at the first evaluation (every 2 %) whose running median of three is at or
+below Q, over backprop's count.
+"""
+
+LEARNT = 0.75
+"""A run has learnt something if its last loss is below this share of the loss of guessing."""
+
+ABOUT_STABLE = """
+{steps} steps, one seed, no warm-up but the default's own. A step size is stable if the run does not diverge and its
+last validation loss, a median of three evaluations, is below {limit:.2f}, three quarters of the loss of guessing.
+"""
+
+
+def medians(outcome: Outcome, key: str = "loss") -> list[dict[int, float]]:
+    """The validation curve of every seed as running medians of three."""
+    found = []
+    for curve in curves(outcome, "validation", key):
+        steps = sorted(curve)
+        found.append(
+            {
+                step: statistics.median(curve[near] for near in steps[max(0, index - 2) : index + 1])
+                for index, step in enumerate(steps)
+            }
+        )
+    return found
+
+
+def quality(outcome: Outcome, task: Task, key: str = "loss", share: float = 1.0) -> list[float]:
+    """A validation figure of every seed at a share of the budget."""
+    limit = share * task.budget
+    return [curve[max(step for step in curve if step <= limit)] for curve in medians(outcome, key) if curve]
+
+
+def at_budget(outcome: Outcome, task: Task) -> float | None:
+    """The mean validation loss at the budget over finished seeds; None if one diverged, or none is finished."""
+    values = quality(outcome, task)
+    return statistics.fmean(values) if values and not outcome.diverged else None
+
+
+def steps_to(outcome: Outcome, level: float) -> list[float]:
+    """The step of every seed at which the loss is down to the level; infinity if it never is."""
+    return [
+        min((step for step, loss in curve.items() if loss <= level), default=math.inf) for curve in medians(outcome)
+    ]
+
+
+def tell(study: Study, outcomes: Sequence[Outcome], task: Task) -> str:
+    """A table for every K."""
+    parts = []
+    for panel in study.panels:
+        members = [one for one in outcomes if one.row.panel == panel and one.summaries]
+        baseline = next((one for one in members if one.row.label == BACKPROP), None)
+        if baseline is None or not (levels := quality(baseline, task, share=0.8)):
+            continue
+        level = statistics.fmean(levels)
+        theirs = statistics.fmean(steps_to(baseline, level))
+        header = ["", "step size", "validation loss", "behind", "validation accuracy %", "examples to Q", "seeds"]
+        parts += [
+            f"## {panel}",
+            f"Q = {level:.4f}",
+            markdown_table(header, _cells(members, baseline, level, theirs, task)),
+        ]
+    return "\n\n".join(parts)
+
+
+def _cells(
+    members: Iterable[Outcome], baseline: Outcome, level: float, theirs: float, task: Task
+) -> Iterable[list[str]]:
+    reference = statistics.fmean(quality(baseline, task))
+    for one in members:
+        losses, ratios = quality(one, task), [steps / theirs for steps in steps_to(one, level)]
+        reached = [ratio for ratio in ratios if math.isfinite(ratio)]
+        late = len(ratios) - len(reached)
+        examples = spread(reached, lambda value: f"{value:.2f}") + (f"; {late} never" if late else "")
+        yield [
+            one.row.label,
+            f"{one.lr:g}",
+            "diverged" if one.diverged == len(one.summaries) else spread(losses, lambda value: f"{value:.4f}"),
+            "" if one is baseline or not losses else f"{statistics.fmean(losses) - reference:+.4f}",
+            spread(quality(one, task, "accuracy"), lambda value: f"{100 * value:.2f}"),
+            examples if reached else "> 2",
+            str(len(one.summaries)) + (f", {one.diverged} diverged" if one.diverged else ""),
+        ]
+
+
+def tell_stable(outcomes: Sequence[Outcome], task: Task) -> str:
+    """The last loss of every method at every step size, and the largest stable one over backprop's."""
+    largest: dict[str, float] = {}
+    found: dict[str, dict[float, str]] = {}
+    for one in outcomes:
+        method, lr = one.row.label.split(", step size ")
+        if not one.summaries:
+            continue
+        loss = next((curve[max(curve)] for curve in medians(one) if curve), math.inf)
+        learns = not one.diverged and loss < LEARNT * task.chance
+        found.setdefault(method, {})[float(lr)] = (
+            "diverged" if one.diverged else f"{loss:.3f}" if learns else f"({loss:.3f})"
+        )
+        if learns:
+            largest[method] = max(largest.get(method, 0.0), float(lr))
+    lrs = sorted({lr for row in found.values() for lr in row})
+    header = ["", *(f"{lr:g}" for lr in lrs), "largest stable", "over backprop's"]
+    best = largest.get(BACKPROP)
+    rows = (
+        [
+            method,
+            *(row.get(lr, "") for lr in lrs),
+            f"{largest[method]:g}" if method in largest else "none",
+            f"{largest[method] / best:g}" if best and method in largest else "",
+        ]
+        for method, row in found.items()
+    )
+    return markdown_table(header, rows) + "\n\nIn brackets: learnt too little."
+
+
+def tell_last(study: Study, outcomes: Sequence[Outcome]) -> str:
+    """A table for every K, of the last losses."""
+    parts = []
+    for panel in study.panels:
+        members = [one for one in outcomes if one.row.panel == panel and one.summaries]
+        ends = {one.row.label: [curve[max(curve)] for curve in medians(one) if curve] for one in members}
+        if not ends.get(BACKPROP):
+            continue
+        reference = statistics.fmean(ends[BACKPROP])
+        rows = (
+            [
+                one.row.label,
+                f"{one.lr:g}",
+                spread(ends[one.row.label], lambda value: f"{value:.4f}"),
+                "" if one.row.label == BACKPROP else f"{statistics.fmean(ends[one.row.label]) - reference:+.4f}",
+            ]
+            for one in members
+            if ends[one.row.label]
+        )
+        parts += [f"## {panel}", markdown_table(["", "step size", "last validation loss", "behind"], rows)]
+    return "\n\n".join(parts)
+
+
+def draw(study: Study, outcomes: Sequence[Outcome]) -> Any:
+    """Validation loss over steps, a panel for every K."""
+    panels = study.panels
+    figure, axes = figure_of(study.title, 1, len(panels), width=6.0, height=4.6)
+    for place, panel in zip(axes, panels, strict=True):
+        for index, one in enumerate(one for one in outcomes if one.row.panel == panel and one.summaries):
+            style = {"label": one.row.label, "linewidth": 1.2, "color": f"C{index % 10}", **dict(one.row.style)}
+            band(place, medians(one), style)
+        place.set(title=panel, xlabel="step", ylabel="validation loss", yscale="log")
+        tidy(place)
+        place.legend(frameon=False, fontsize=7)
+    return figure
