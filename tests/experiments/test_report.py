@@ -49,6 +49,17 @@ def test_a_label_names_what_was_set_and_has_a_value(tmp_path):
     }
 
 
+def test_a_setting_without_effect_is_not_told(tmp_path):
+    finished(tmp_path / "a", schedule="cached", refresh=4)
+    finished(tmp_path / "b", schedule="cached")
+    finished(tmp_path / "c")
+    assert set(labels(tmp_path)) == {
+        "blockprop exact schedule=cached refresh=4",
+        "blockprop exact schedule=cached refresh=2",
+        "blockprop exact schedule=sync",
+    }
+
+
 def test_one_or_two_settings_that_differ_are_told_of_all(tmp_path):
     finished(tmp_path / "a", blocks=2, depth=4)
     finished(tmp_path / "b", blocks=4, depth=4)

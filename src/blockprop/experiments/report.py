@@ -76,7 +76,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     """
 
     def settings(run: Run) -> dict[str, str]:
-        own = set(_INCIDENTAL)
+        own = _INCIDENTAL | set(run.settings.without_effect())
         if run.settings.algorithm == "backprop":
             # what belongs to BlockProp alone does not tell two runs of backprop apart
             own |= set(BLOCKPROP_ONLY)

@@ -413,8 +413,17 @@ class Settings:
                 "expected --policy lock-step"
             )
 
-    def unused(self) -> dict[str, str]:  # noqa: PLR0912 - a table in words
+    def unused(self) -> dict[str, str]:
         """Settings that were changed but have no effect beside the others, and for each a line that says why."""
+        defaults = Settings()
+        return {
+            key: f"--{key.replace('_', '-')} {why}: leave it out"
+            for key, why in self.without_effect().items()
+            if getattr(self, key) != getattr(defaults, key)
+        }
+
+    def without_effect(self) -> dict[str, str]:  # noqa: PLR0912 - a table in words
+        """Settings that have no effect beside the others, changed or not, and why."""
         found: dict[str, str] = {}
         schedule = "sync" if self.algorithm == "backprop" else self.who_does_what
         if schedule != "pipelined":
@@ -447,12 +456,7 @@ class Settings:
                 found |= dict.fromkeys(_LOCK_STEP_ONLY, "is of --policy lock-step")
             else:
                 found |= dict.fromkeys(("in_flight", "repeats"), "is of --policy free-running")
-        defaults = Settings()
-        return {
-            key: f"--{key.replace('_', '-')} {why}: leave it out"
-            for key, why in found.items()
-            if getattr(self, key) != getattr(defaults, key)
-        }
+        return found
 
     @classmethod
     def of_dict(cls, recorded: dict[str, Any]) -> "Settings":
