@@ -62,6 +62,13 @@ OWN = (
     Own(
         "BlockProp, lock-step, stashed", {**_STEADY, "feedback": "stashed"}, "lock-step", recomputes=False, quick=False
     ),
+    Own(
+        "BlockProp, lock-step, stashed, 4 microbatches",
+        {**_LATE, "microbatches": 4, "feedback": "stashed"},
+        "lock-step",
+        recomputes=False,
+        quick=False,
+    ),
     Own("BlockProp, free-running", _LATE, "free-running"),
     Own("BlockProp, free-running, int8", {**_LATE, "messages": "int8"}, "free-running", quick=False, only_linked=True),
     Own("BlockProp, cached, E = 2", {"schedule": "cached", "refresh": 2}, "free-running", recomputes=False),

@@ -19,7 +19,7 @@ def step(optimizer, model, seed):
 
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "adamw", "nadam", "muon"])
 def test_every_optimizer_resumes_bit_for_bit(name):
-    make = optimizer_named(name, 0.01, 0.9 if name in ("sgd", "nesterov") else 0.0, 0.1)
+    make = optimizer_named(name, 0.01, 0.8, 0.1)
     one, other = block(), block()
     first, second = make(one.parameters()), make(other.parameters())
     step(first, one, 1)
@@ -57,3 +57,14 @@ def test_a_block_without_matrices_and_one_of_nothing_else():
     linear = nn.Linear(4, 4, bias=False)
     step(MuonAndAdamW(linear.parameters(), 0.02), linear, 1)
     assert not torch.equal(norm.weight, torch.ones(4))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "nadam"])
+def test_momentum_is_the_first_beta(name):
+    for given, expected in ((None, 0.9), (0.8, 0.8), (0.0, 0.0)):
+        assert optimizer_named(name, 0.01, given)(block().parameters()).defaults["betas"] == (expected, 0.999)
+
+
+def test_momentum_of_sgd():
+    for name, given, expected in (("sgd", None, 0.0), ("sgd", 0.5, 0.5), ("nesterov", None, 0.9)):
+        assert optimizer_named(name, 0.01, given)(block().parameters()).defaults["momentum"] == expected

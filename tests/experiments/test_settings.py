@@ -22,7 +22,7 @@ from blockprop.experiments.settings import Settings
         ({"data": "some/book"}, {"model": "gpt"}),
         ({"width": 7, "augment": False, "h_lr": 0.5, "threads": 3}, {"width": 7, "threads": 3}),
         ({"steps": 5}, {"epochs": None, "steps": 5}),
-        ({"optimizer": "adam"}, {"lr": 1e-3, "momentum": 0.0}),
+        ({"optimizer": "adam"}, {"lr": 1e-3, "momentum": 0.9}),
         ({"split_at": ("layer2", "layer3"), "depth": 3}, {"blocks": 3}),
     ],
 )
@@ -62,3 +62,9 @@ def test_what_has_no_effect_is_named_and_goes_back_to_its_default(given, unused)
     kept = {key: value for key, value in given.items() if key not in unused}
     assert settings.resolved() == Settings(**kept).resolved()
     assert not settings.resolved().unused()
+
+
+def test_older_runs_did_not_record_the_first_beta():
+    recorded = Settings(optimizer="adamw").resolved().as_dict()
+    assert recorded["momentum"] == 0.9
+    assert Settings.of_dict({**recorded, "momentum": 0.0}) == Settings.of_dict(recorded)

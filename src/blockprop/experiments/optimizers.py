@@ -9,9 +9,12 @@ from torch.optim import Optimizer
 
 from blockprop.wstep import OptimizerFactory
 
-__all__ = ["MuonAndAdamW", "OptimizerName", "optimizer_named"]
+__all__ = ["USUAL_MOMENTUM", "MuonAndAdamW", "OptimizerName", "optimizer_named"]
 
 OptimizerName = Literal["sgd", "nesterov", "adam", "adamw", "nadam", "muon"]
+
+USUAL_MOMENTUM: dict[str, float] = {"nesterov": 0.9, "adam": 0.9, "adamw": 0.9, "nadam": 0.9}
+"""Momentum, or β1, where it is not 0."""
 
 
 class MuonAndAdamW(Optimizer):
@@ -62,29 +65,34 @@ class MuonAndAdamW(Optimizer):
 
 
 def optimizer_named(
-    name: OptimizerName, lr: float, momentum: float = 0.0, weight_decay: float = 0.0
+    name: OptimizerName, lr: float, momentum: float | None = None, weight_decay: float = 0.0
 ) -> OptimizerFactory:
     """A factory of optimizers.
 
     Args:
         name: "nesterov" is SGD with Nesterov's momentum, "muon" is `MuonAndAdamW`.
         lr: step size.
-        momentum: of "sgd" and "nesterov".
+        momentum: of "sgd" and "nesterov", default 0; β1 of "adam", "adamw" and "nadam", default 0.9. Not of "muon".
         weight_decay: of all; decoupled in "adamw", "nadam" and "muon".
     """
+    usual = USUAL_MOMENTUM.get(name, 0.0)
+    first = usual if momentum is None else momentum
+    betas = (first, 0.999)
 
     def make(parameters: Iterable[Tensor]) -> Optimizer:
         match name:
             case "sgd":
-                return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+                return torch.optim.SGD(parameters, lr=lr, momentum=first, weight_decay=weight_decay)
             case "nesterov":
-                return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True)
+                return torch.optim.SGD(parameters, lr=lr, momentum=first, weight_decay=weight_decay, nesterov=True)
             case "adam":
-                return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
+                return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
             case "adamw":
-                return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+                return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
             case "nadam":
-                return torch.optim.NAdam(parameters, lr=lr, weight_decay=weight_decay, decoupled_weight_decay=True)
+                return torch.optim.NAdam(
+                    parameters, lr=lr, betas=betas, weight_decay=weight_decay, decoupled_weight_decay=True
+                )
             case "muon":
                 return MuonAndAdamW(parameters, lr, weight_decay)  # type: ignore[arg-type]
 

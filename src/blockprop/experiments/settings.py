@@ -15,7 +15,7 @@ from blockprop.cache import GluingCache
 from blockprop.curvature import Constant, Curvature, PerExample, Secant
 from blockprop.data import NAMES
 from blockprop.executors import CachedExecutor, Executor, PipelinedExecutor, ReplayedExecutor
-from blockprop.experiments.optimizers import OptimizerName, optimizer_named
+from blockprop.experiments.optimizers import USUAL_MOMENTUM, OptimizerName, optimizer_named
 from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
 from blockprop.latestage import Correction
@@ -47,7 +47,7 @@ _OPTIMIZERS: dict[str, tuple[OptimizerName, float, float]] = {
     "mlp": ("sgd", 0.1, 0.0),
     "resnet18": ("sgd", 0.05, 0.9),
     "preact-resnet18": ("sgd", 0.05, 0.9),
-    "gpt": ("adamw", 3e-3, 0.0),
+    "gpt": ("adamw", 3e-3, 0.9),
 }
 _STEP_SIZES = {"sgd": 0.1, "nesterov": 0.05, "muon": 0.02}
 BLOCKPROP_ONLY = (
@@ -276,7 +276,12 @@ class Settings:
             _OPTIMIZER, "Proximal W-steps of linear layers, damped by so much of their inputs' mean square; sgd only."
         ),
     ] = None
-    momentum: Annotated[float | None, _option(_OPTIMIZER, "Momentum of sgd. Default: by the model.")] = None
+    momentum: Annotated[
+        float | None,
+        _option(
+            _OPTIMIZER, "Momentum of sgd and nesterov, β1 of adam, adamw and nadam. Default: by model and optimizer."
+        ),
+    ] = None
     weight_decay: Annotated[float, _option(_OPTIMIZER, "Weight decay.")] = 0.0
     lr_schedule: Annotated[
         Literal["constant", "cosine"], _option(_OPTIMIZER, "How the step size falls over the run.")
@@ -331,12 +336,14 @@ class Settings:
         model = self.model or ("gpt" if text else "mlp")
         name, lr, momentum = _OPTIMIZERS.get(model, _OPTIMIZERS["mlp"])
         if self.optimizer not in (None, name):
-            name, lr, momentum = self.optimizer, _STEP_SIZES.get(self.optimizer, 1e-3), 0.0
-            momentum = 0.9 if name == "nesterov" else 0.0
+            name = self.optimizer
+            lr, momentum = _STEP_SIZES.get(name, 1e-3), USUAL_MOMENTUM.get(name, 0.0)
         if self.epochs is not None and self.steps is not None:
             raise ValueError("--epochs and --steps are both given; expected one of the two")
-        if name not in ("sgd", "nesterov") and self.momentum:
-            raise ValueError(f"--momentum is of sgd and nesterov; {name} has its own: leave it out")
+        if name == "muon" and self.momentum:
+            raise ValueError("--momentum is of the other optimizers; muon has its own: leave it out")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(f"--momentum is {self.momentum}; expected a number in [0, 1)")
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; expected a whole number of at least 0")
         if self.threads is not None and self.threads < 1:
@@ -463,6 +470,8 @@ class Settings:
         """What `as_dict` returned; what an older run did not record is at its default."""
         if "lr_schedule" not in recorded and "schedule" in recorded:
             recorded = {**recorded, "lr_schedule": recorded["schedule"], "schedule": None}  # its name in older runs
+        if recorded.get("optimizer") in ("adam", "adamw", "nadam") and recorded.get("momentum") == 0:
+            recorded = {**recorded, "momentum": USUAL_MOMENTUM["adam"]}  # it was not theirs to set in older runs
         values = {key: recorded.get(key, default) for key, default in asdict(cls()).items()}
         for key in ("penalty", "split_at", "block_lr", "devices"):
             values[key] = tuple(values[key])
@@ -578,7 +587,8 @@ class Settings:
         """
         assert self.lr is not None and self.optimizer is not None
         rates = self.block_lr or (self.lr,) * self.blocks
-        more = (self.momentum or 0.0, self.weight_decay)
+        assert self.momentum is not None
+        more = (self.momentum, self.weight_decay)
         if self.w_damping is not None and self.optimizer != "sgd":
             raise ValueError(f"--w-damping is of sgd, not of {self.optimizer}: leave it out")
         if self.w_damping is not None:
