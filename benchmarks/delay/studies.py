@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.delay import tables
-from benchmarks.delay.tasks import ASTRAY, BACKPROP, DEFAULT, DELAYED, WARM_BACKPROP, Task, astray, methods
+from benchmarks.delay.tasks import ASTRAY, BACKPROP, DEFAULT, DELAYED, Task, astray, methods
 from blockprop.studies.study import Outcome, Row, Study
 
 STYLES: dict[str, tuple[tuple[str, Any], ...]] = {
@@ -31,10 +31,11 @@ def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
     """
     lrs = {outcome.row.label: outcome.lr for outcome in outcomes}
     losses = {one.row.label: tables.at_budget(one, task) for one in outcomes}
-    others = [name for name in lrs if name not in (BACKPROP, WARM_BACKPROP, DELAYED)]
+    others = [name for name in lrs if name != DELAYED and not name.startswith(BACKPROP)]
     best = sorted(others, key=lambda name: math.inf if (loss := losses[name]) is None else loss)[:3]
     lrs[ASTRAY] = lrs[DEFAULT]
-    chosen = list(dict.fromkeys([BACKPROP, DELAYED, *best, DEFAULT, ASTRAY]))
+    lighter = [name for name in lrs if name == f"{BACKPROP}, momentum {task.lighter}"]
+    chosen = list(dict.fromkeys([BACKPROP, *lighter, DELAYED, *best, DEFAULT, ASTRAY]))
     rows = tuple(row(task, method, blocks, lr=lrs[method]) for blocks in task.cuts for method in chosen)
     return _study(f"delay-{task.name}", task.title, rows, (0,) if task.brief else (0, 1, 2), task)
 
@@ -94,7 +95,7 @@ def row(task: Task, method: str, blocks: int, lrs: tuple[float, ...] = (), lr: f
         evaluate_every=max(1, task.budget // (10 if task.brief else 50)),
         log_every=max(1, task.budget // 50),
         # backprop does not depend on K: one run stands in every panel
-        blocks=4 if method in (BACKPROP, WARM_BACKPROP) else blocks,
+        blocks=4 if method.startswith(BACKPROP) else blocks,
         lr=task.settings.lr if lr is None else lr,
         **chosen,
     )

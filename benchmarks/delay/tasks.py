@@ -24,6 +24,7 @@ class Task:
         lrs: step sizes to choose from, the same for all methods.
         nesterov: the optimizer with Nesterov's correction that stands beside the task's own; empty for none.
         chance: the loss of guessing.
+        lighter: a smaller momentum, or β1, that stands beside the usual one; None where there is none.
         cuts: K of the final table.
         long: steps of the longer row, with a warm-up and cosine decay; 0 for none.
         brief: few methods and few evaluations.
@@ -35,6 +36,7 @@ class Task:
     lrs: tuple[float, ...]
     nesterov: dict[str, Any]
     chance: float
+    lighter: float | None = None
     cuts: tuple[int, ...] = (2, 4, 8)
     long: int = 0
     brief: bool = False
@@ -68,6 +70,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
             (1e-3, 3e-3, 6e-3),
             {"optimizer": "nadam"},
             characters,
+            lighter=0.8,
             long=3000,
         ),
         Task(
@@ -86,6 +89,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
             (0.02, 0.05, 0.1),
             nesterov,
             math.log(10),
+            lighter=0.8,
         ),
     ]
     if quick:
@@ -137,6 +141,11 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
     if task.nesterov:
         found["Nesterov, delayed gradient, stashed weights"] = stashed | task.nesterov
         found["Nesterov, targets, microbatches, warm-up"] = found[DEFAULT] | task.nesterov
+    if task.lighter is not None:
+        lighter = {"momentum": task.lighter}
+        found |= {
+            f"{method}, momentum {task.lighter}": found[method] | lighter for method in (BACKPROP, DELAYED, DEFAULT)
+        }
     if task.brief:
         few = (BACKPROP, DELAYED, "delayed gradient, warm-up", "targets, κ measured along and across, warm-up", DEFAULT)
         return {method: found[method] for method in few}
