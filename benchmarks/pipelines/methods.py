@@ -62,12 +62,15 @@ OWN = (
     Own(
         "BlockProp, lock-step, stashed", {**_STEADY, "feedback": "stashed"}, "lock-step", recomputes=False, quick=False
     ),
-    Own(
-        "BlockProp, lock-step, stashed, 4 microbatches",
-        {**_LATE, "microbatches": 4, "feedback": "stashed"},
-        "lock-step",
-        recomputes=False,
-        quick=False,
+    *(
+        Own(
+            f"BlockProp, lock-step, stashed, {parts} microbatches",
+            {**_LATE, "microbatches": parts, "feedback": "stashed"},
+            "lock-step",
+            recomputes=False,
+            quick=False,
+        )
+        for parts in (4, 8)
     ),
     Own("BlockProp, free-running", _LATE, "free-running"),
     Own("BlockProp, free-running, int8", {**_LATE, "messages": "int8"}, "free-running", quick=False, only_linked=True),
