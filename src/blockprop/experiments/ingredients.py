@@ -11,6 +11,7 @@ from blockprop import Backprop, BlockProp, OutputLoss, split
 from blockprop.blocks import Blocks
 from blockprop.data import Dataset, load
 from blockprop.experiments.folder import versions
+from blockprop.experiments.rates import optimizers_of, schedulers_of
 from blockprop.experiments.settings import Settings
 from blockprop.models import build
 from blockprop.training import Score, Training, score, weights_here
@@ -51,18 +52,18 @@ def trainer_of(settings: Settings, blocks: Blocks, dataset: Dataset, **more: Any
     total_steps = (settings.epochs or 0) * steps_per_epoch if settings.steps is None else settings.steps
     loss = OutputLoss(nn.CrossEntropyLoss(), class_dim=-1 if dataset.task == "language" else 1)
     common: dict[str, Any] = {
-        "scheduler": settings.schedulers(total_steps),
+        "scheduler": schedulers_of(settings, total_steps),
         "clip": settings.clip,
         "accumulate": settings.accumulate,
         "precision": torch.bfloat16 if settings.precision == "bfloat16" else None,
         **more,
     }
     if settings.algorithm == "backprop":
-        return Backprop(blocks, loss, settings.optimizers(blocks), **common)
+        return Backprop(blocks, loss, optimizers_of(settings, blocks), **common)
     return BlockProp(
         blocks,
         loss,
-        settings.optimizers(blocks),
+        optimizers_of(settings, blocks),
         form=settings.form,
         penalty=settings.penalties(),
         h_solver=settings.solver(),

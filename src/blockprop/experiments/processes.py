@@ -30,6 +30,7 @@ from blockprop.data import Dataset
 from blockprop.errors import first_line
 from blockprop.executors import PipelinedExecutor
 from blockprop.experiments.board import Board, Reporter
+from blockprop.experiments.execution import executor_of
 from blockprop.experiments.folder import settings_of, versions, write_json
 from blockprop.experiments.ingredients import (
     cut_of,
@@ -260,7 +261,7 @@ class _Block:
         self._neighbours = neighbours = Neighbours(
             place, rendezvous, listen=self.listen, precision=settings.messages, capacity=16 * place.blocks + 64
         )
-        executor = settings.executor_for(len(dataset.train), neighbours)
+        executor = executor_of(settings, len(dataset.train), neighbours)
         algo = trainer_of(settings, blocks, dataset, executor=executor)
         assert isinstance(algo, BlockProp)
         return algo, neighbours

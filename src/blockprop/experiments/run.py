@@ -8,6 +8,7 @@ import torch
 
 from blockprop.checkpoint import Checkpoints, write_atomically
 from blockprop.experiments import processes
+from blockprop.experiments.execution import executor_of
 from blockprop.experiments.folder import check_empty, settings_of, versions, write_json
 from blockprop.experiments.ingredients import (
     cut_of,
@@ -108,7 +109,7 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, *, quiet
     blocks = cut_of(settings, network_of(settings, dataset), dataset.sample)
     more: dict[str, Any] = {"devices": settings.devices or None}
     if settings.algorithm == "blockprop":
-        more |= {"executor": settings.executor_for(len(dataset.train)), "recompute": settings.recompute}
+        more |= {"executor": executor_of(settings, len(dataset.train)), "recompute": settings.recompute}
     algo = trainer_of(settings, blocks, dataset, **more)
     with Progress(settings, quiet=quiet) as progress:
         training = training_of(settings, algo, dataset, progress.update)

@@ -1,31 +1,19 @@
 """The settings of a run: each declared once, for the command line, for Python, and for `config.json`."""
 
-import math
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import Group, Parameter
-from torch import nn
-from torch.optim import Optimizer
 
-from blockprop.cache import GluingCache
-from blockprop.curvature import Constant, Curvature, PerExample, Secant
 from blockprop.data import NAMES
-from blockprop.executors import CachedExecutor, Executor, PipelinedExecutor, ReplayedExecutor
-from blockprop.experiments.optimizers import USUAL_MOMENTUM, OptimizerName, optimizer_named
+from blockprop.experiments.optimizers import USUAL_MOMENTUM, OptimizerName
 from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
-from blockprop.latestage import Correction
 from blockprop.models.catalogue import sizes
 from blockprop.penalties import Huber, Penalty, Squared
-from blockprop.proximal import proximal_sgd
-from blockprop.runtime import FreeRunningExecutor, Neighbours
-from blockprop.schedules import Latency, sequential
 from blockprop.split import SplitBy
-from blockprop.wstep import OptimizerFactory
 
 __all__ = ["BLOCKPROP_ONLY", "Settings"]
 
@@ -381,7 +369,7 @@ class Settings:
             h_lr=self._h_lr() if self.algorithm == "blockprop" else None,
             threads=self._threads(blocks) if self.threads is None else self.threads,
             optimizer=name,
-            microbatches=self._microbatches(),
+            microbatches=self.parts,
             cache="memory" if self.who_does_what == "cached" and self.cache == "none" else self.cache,
             lr=lr if self.lr is None else self.lr,
             momentum=momentum if self.momentum is None else self.momentum,
@@ -501,71 +489,9 @@ class Settings:
             case _:
                 return GradientDescent(self.h_steps, self.h_lr)
 
-    def executor_for(self, examples: int, remote: Neighbours | None = None) -> str | Executor:
-        """Who carries out the schedule, on so many training examples.
-
-        Args:
-            examples: in the training set.
-            remote: the other processes, for the executor "processes".
-
-        Raises:
-            ValueError: a cache that cannot be made.
-        """
-        if self.executor == "processes":
-            assert remote is not None
-            return self._in_processes(examples, remote)
-        if self.who_does_what == "sync":
-            return self.executor
-        if self.who_does_what == "cached" and self.replay:
-            return ReplayedExecutor(self._cache(examples), refresh=self.refresh)
-        if self.who_does_what == "cached":
-            return CachedExecutor(self._cache(examples), refresh=self.refresh, curvature=self._curvature())
-        return self._pipeline()
-
-    def _in_processes(self, examples: int, remote: Neighbours) -> Executor:
-        if self.who_does_what == "sync":
-            return PipelinedExecutor(sequential, curvature=Constant(0.0), remote=remote)
-        caching = self.who_does_what == "cached"
-        cached: dict[str, Any] = {"cache": lambda: self._cache(examples), "refresh": self.refresh} if caching else {}
-        if self.policy == "lock-step":
-            return self._pipeline(remote=remote, **cached)
-        bounds: dict[str, Any] = {"in_flight": self.in_flight, "repeats": self.repeats}
-        return FreeRunningExecutor(remote, correction=self._correction(), **bounds, **cached)
-
-    def _pipeline(self, **more: Any) -> PipelinedExecutor:
-        latency = Latency(self.latency, self.lost, self.seed)
-        parts = self._microbatches()
-        return PipelinedExecutor(
-            microbatches=1 if parts is None else parts, latency=latency, correction=self._correction(), **more
-        )
-
-    def _curvature(self) -> Curvature:
-        if self.feedback != "target":
-            return Constant(0.0)
-        found = Secant() if self.curvature == "auto" else Constant(self.curvature)
-        return PerExample(found) if self.per_example else found
-
-    def _correction(self) -> Correction:
-        # a κ that is given is for all directions
-        apart = self.feedback == "target" and self.curvature == "auto" and self.directions == "both"
-        return Correction(
-            curvature=self._curvature(),
-            along=apart or self.directions == "along",
-            across=self._curvature() if apart else None,
-            reuse=self.feedback == "stashed",
-            prediction=self.prediction,
-            compensation=self.compensation,
-        )
-
-    def _cache(self, examples: int) -> GluingCache:
-        return GluingCache(
-            examples,
-            path=None if self.cache in ("none", "memory") else Path(self.cache),
-            dtype=getattr(torch, self.cache_dtype),
-            limit=None if self.cache_limit is None else int(self.cache_limit * 2**30),
-        )
-
-    def _microbatches(self) -> int | None:
+    @property
+    def parts(self) -> int | None:
+        """M, microbatches of a batch, chosen if need be; None where there are none."""
         if self.who_does_what != "pipelined" or self.microbatches is not None or self.policy == "free-running":
             return self.microbatches
         return max(1, min(2 * (self.blocks - 1), self.batch_size // 4))
@@ -578,50 +504,6 @@ class Settings:
             for penalty in (penalties if isinstance(penalties, list) else [penalties])
         }
         return found.pop() if len(found) == 1 else None
-
-    def optimizers(self, blocks: Iterable[nn.Module]) -> list[OptimizerFactory]:
-        """One optimizer factory per block.
-
-        Raises:
-            ValueError: proximal W-steps with another optimizer than sgd.
-        """
-        assert self.lr is not None and self.optimizer is not None
-        rates = self.block_lr or (self.lr,) * self.blocks
-        assert self.momentum is not None
-        more = (self.momentum, self.weight_decay)
-        if self.w_damping is not None and self.optimizer != "sgd":
-            raise ValueError(f"--w-damping is of sgd, not of {self.optimizer}: leave it out")
-        if self.w_damping is not None:
-            pairs = zip(blocks, rates, strict=True)
-            return [proximal_sgd(block, rate, *more, damping=self.w_damping) for block, rate in pairs]
-        return [optimizer_named(self.optimizer, rate, *more) for rate in rates]
-
-    def schedulers(self, total_steps: int) -> list[Callable[[Optimizer], Any]] | None:
-        """Of each block: warm-up, decay, the rise from a step size over the delay; None if all are constant."""
-        pipelined = self.who_does_what == "pipelined" and self.algorithm == "blockprop"
-        warmup = (total_steps // 10 if pipelined else 0) if self.warmup is None else self.warmup
-        annealing = self.delay_annealing if pipelined else 0
-        if self.lr_schedule == "constant" and warmup == annealing == 0:
-            return None
-        updates = max(1, total_steps // self.accumulate)
-
-        def factor(update: int) -> float:
-            rise = min(1.0, (update + 1) / warmup) if warmup else 1.0
-            if self.lr_schedule == "constant":
-                return rise
-            share = max(0, update - warmup) / max(1, updates - warmup)
-            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-        def of_block(k: int) -> Callable[[Optimizer], Any]:
-            delay = max(1.0, (2 * (self.blocks - k) - 1) / (self._microbatches() or 1))
-
-            def whole(update: int) -> float:
-                held = delay ** -(1 - min(1.0, update / annealing)) if annealing else 1.0
-                return factor(update) * held
-
-            return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, whole)
-
-        return [of_block(k) for k in range(1, self.blocks + 1)]
 
 
 def _plain(value: Any) -> Any:
