@@ -11,7 +11,7 @@ from blockprop.blocks import Blocks
 from blockprop.errors import block_failed, first_line
 from blockprop.executors import EXECUTORS, Executor, StepReport
 from blockprop.executors.executor import check_finite
-from blockprop.executors.pipelined import Remote
+from blockprop.executors.mail import Remote
 from blockprop.forms import Form, FormName, form_named
 from blockprop.hsolvers import HSolver
 from blockprop.losses import OutputLoss

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockprop.executors.pipelined import Mail
+from blockprop.executors.mail import Mail
 from blockprop.latestage import LateStage
 from blockprop.modes import evaluating
 from blockprop.runtime.edge import Edge, Post
@@ -97,7 +97,7 @@ class Neighbours:
         return self.post.waited
 
     def mail(self, lates: Sequence[LateStage]) -> Mail:
-        """See [`Remote`][blockprop.executors.pipelined.Remote]."""
+        """See [`Remote`][blockprop.executors.mail.Remote]."""
         return RemoteMail(self.place, self.post, self.below, self.above, lates[self.place.block - 1], self.snapshot)
 
     @torch.no_grad()
