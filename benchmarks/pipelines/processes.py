@@ -23,7 +23,7 @@ _PRELOADED = [
     "torch.distributed.pipelining",
     "torch.utils.tensorboard",
     "blockprop.cli",
-    "blockprop.experiments.processes",
+    "blockprop.experiments.launcher",
     "benchmarks.pipelines.peers",
 ]
 _GRACE = 3.0

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from blockprop.checkpoint import Checkpoints, write_atomically
-from blockprop.experiments import processes
 from blockprop.experiments.execution import executor_of
 from blockprop.experiments.folder import check_empty, settings_of, versions, write_json
 from blockprop.experiments.ingredients import (
@@ -19,6 +18,7 @@ from blockprop.experiments.ingredients import (
     training_of,
     weights_of,
 )
+from blockprop.experiments.launcher import launch
 from blockprop.experiments.progress import Progress
 from blockprop.experiments.settings import Settings
 from blockprop.metrics import Metrics
@@ -46,7 +46,7 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]
     check_empty(out)
     settings = checked(settings)
     if settings.executor == "processes":
-        return processes.launch(settings, out, quiet=quiet)
+        return launch(settings, out, quiet=quiet)
     return _train(settings, out, None, quiet=quiet)
 
 
@@ -76,7 +76,7 @@ def resume(given: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]
     """
     settings = resumed(given, out)
     if settings.executor == "processes":
-        return processes.launch(settings, out, resume=True, quiet=quiet)
+        return launch(settings, out, resume=True, quiet=quiet)
     return _train(settings, out, Checkpoints(out / "checkpoints").newest(), quiet=quiet)
 
 
