@@ -1,9 +1,9 @@
-"""Past backprop: which proximal steps learn more per epoch, with the same optimizer, and at what price."""
+"""Past backprop: which proximal steps learn more per epoch, with the same optimizer."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from blockprop.experiments.settings import Settings
@@ -90,37 +90,37 @@ of tuned backprop (cross-entropy) or 87.1 (squared error), at 7 times the time.
 
 
 def _tell(study: Study, outcomes: Sequence[Outcome]) -> str:
-    """Accuracy, gain over backprop at the same batch size, and time as a multiple of backprop's at batch 128."""
+    """Accuracy, and gain over backprop at the same batch size."""
     by_name = {outcome.row.name: outcome for outcome in outcomes}
-    unit = by_name["batch 128: backprop"].values("seconds")
     rows = []
     for outcome in outcomes:
         if len(outcome.summaries) < len(study.seeds):
             continue
         ours, theirs = (one.values("test_accuracy") for one in (outcome, by_name[f"{outcome.row.panel}: backprop"]))
         gain = f"{100 * mean_gap(ours, theirs):+.2f}" if ours and theirs else "-"
-        seconds = outcome.values("seconds")
-        price = f"{fmean(seconds) / fmean(unit):.1f}" if seconds and unit else "-"
         diverged = f"{outcome.diverged} of {len(outcome.summaries)}"
-        named = [outcome.row.panel, outcome.row.label, f"{outcome.lr:g}"]
-        rows.append([*named, spread(ours, percent), gain, price, diverged])
-    header = ["", "method", "step size", "test accuracy %", "gain over backprop", "time", "diverged"]
+        rows.append([outcome.row.panel, outcome.row.label, f"{outcome.lr:g}", spread(ours, percent), gain, diverged])
+    header = ["", "method", "step size", "test accuracy %", "gain over backprop", "diverged"]
     note = (
-        "Gain: in points, over backprop at the same batch size. Time: of training, backprop at batch 128 being 1; of "
-        "runs made two at a time, so take it to a factor of one and a half."
+        "Gain: in points, over backprop at the same batch size. What a step costs is measured apart, all rows in turn: "
+        "`python -m benchmarks.prices`."
     )
     return "\n\n".join([markdown_table(header, rows).strip(), note])
 
 
 def _draw(study: Study, outcomes: Sequence[Outcome]) -> Any:
-    """Test accuracy against training time."""
-    figure, (ax,) = figure_of(study.title, 1, 1, width=8, height=5)
+    """Test accuracy of every row, mean and standard deviation, beside every seed's."""
+    figure, (ax,) = figure_of(study.title, 1, 1, width=9, height=5)
     for index, outcome in enumerate(outcomes):
-        values, seconds = outcome.values("test_accuracy"), outcome.values("seconds")
+        values = [100 * value for value in outcome.values("test_accuracy")]
         if values:
-            style = {"color": f"C{index % 10}", "marker": "o" if outcome.row.panel == "batch 128" else "s"}
-            ax.plot(fmean(seconds), 100 * fmean(values), linestyle="", label=outcome.row.name, **style)
-    ax.set(xlabel="seconds of training", ylabel="test accuracy after two epochs (%)")
-    ax.legend(frameon=False, fontsize=7)
+            color = "C0" if outcome.row.panel == "batch 128" else "C1"
+            ax.errorbar(
+                fmean(values), index, xerr=stdev(values) if len(values) > 1 else 0, fmt="o", color=color, capsize=3
+            )
+            ax.plot(values, [index + 0.25] * len(values), "|", color=color)
+    ax.set_yticks(range(len(outcomes)), [outcome.row.name for outcome in outcomes], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel="test accuracy after two epochs (%), mean ± sd and every seed")
     tidy(ax)
     return figure
