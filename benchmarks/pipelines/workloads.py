@@ -177,7 +177,7 @@ def workloads(data_dir: Path | None, *, quick: bool = False) -> list[Workload]:
         ),
     ]
     if quick:
-        steps = {"mlp3": 300, "mlp8": 150, "resnet": 60, "gpt": 60}
+        steps = {"mlp3": 200, "mlp8": 150, "resnet": 60, "gpt": 60}
         found = [
             replace(
                 one,
