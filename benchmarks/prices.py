@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import SEED, Spread, arguments, interleaved, publish, ratios, table, timed
+from benchmarks.measure import SEED, arguments, interleaved, publish, ratios, table, timed
 from blockprop.data import load
 from blockprop.experiments.ingredients import cut_of, network_of, trainer_of
 from blockprop.studies.beyond import beyond
@@ -54,8 +54,7 @@ def main() -> None:
         "to upper quartile).",
         table(["", "µs an example", "x backprop, batch 128"], rows),
     ]
-    results: dict[str, Spread] = found
-    publish("prices", given, "The price of a step past backprop", body, results)
+    publish("prices", given, "The price of a step past backprop", body, found)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,12 @@ and one that was stopped goes on.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.delay import studies
 from benchmarks.delay.tasks import tasks
 from blockprop.studies.publish import publish, write_tables
-from blockprop.studies.study import Outcome, Study, run_study
-
-STUDIES = ("methods", "finals", "stable", "longer")
+from blockprop.studies.study import Study, run_study
 
 
 def main() -> None:
@@ -25,30 +22,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("studies/delay"), help="folder of runs, tables and figures")
     parser.add_argument("--data-dir", type=Path, help="folder with the data's published files")
     parser.add_argument("--tasks", nargs="+", choices=["mlp", "gpt", "muon", "resnet"], help="default: all")
-    parser.add_argument("--studies", nargs="+", choices=STUDIES, help="default: all, with --quick the first two")
+    parser.add_argument("--studies", nargs="+", choices=studies.ALL, help="default: all, with --quick the first two")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--redraw", action="store_true", help="run nothing: write tables and figures anew")
     given = parser.parse_args()
     for task in tasks(given.data_dir, quick=given.quick):
         if given.tasks and task.name not in given.tasks:
             continue
-        tuned = studies.tuning(task)
-        made: dict[str, Callable[[Sequence[Outcome]], Study]] = {
-            "methods": lambda _outcomes, tuned=tuned: tuned,  # type: ignore[misc]
-            "finals": lambda outcomes, task=task: studies.finals(task, outcomes),  # type: ignore[misc]
-        }
-        if not given.quick:
-            made["stable"] = lambda _outcomes, task=task: studies.stable(task)  # type: ignore[misc]
-        if task.long:
-            made["longer"] = lambda outcomes, task=task: studies.longer(task, outcomes)  # type: ignore[misc]
-        for name, study in made.items():
-            outcomes = tuned.outcomes(given.out / task.name / "methods")
+        for name in studies.names(task):
             if given.studies and name not in given.studies:
                 continue
-            if name in ("finals", "longer") and not all(outcome.summaries for outcome in outcomes):
-                print(f"{task.name}: {name} wait for the step sizes of the study methods, which is not finished")
-                continue
-            _carry_out(study(outcomes), given.out / task.name / name, given)
+            # the step sizes of the other studies are chosen in the first
+            outcomes = studies.tuning(task).outcomes(given.out / task.name / "methods")
+            study = studies.study(name, task, outcomes)
+            if study is None:
+                print(f"{task.name}: {name} waits for the study methods, which is not finished")
+            else:
+                _carry_out(study, given.out / task.name / name, given)
 
 
 def _carry_out(study: Study, out: Path, given: argparse.Namespace) -> None:

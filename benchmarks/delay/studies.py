@@ -16,6 +16,35 @@ STYLES: dict[str, tuple[tuple[str, Any], ...]] = {
 }
 
 
+ALL = ("methods", "finals", "stable", "longer")
+
+
+def names(task: Task) -> list[str]:
+    """The studies of a task; a brief one has the first two."""
+    without = {"stable": task.brief, "longer": not task.long}
+    return [name for name in ALL if not without.get(name)]
+
+
+def study(name: str, task: Task, outcomes: Sequence[Outcome]) -> Study | None:
+    """A study of a task; None where it waits for step sizes that are not chosen yet.
+
+    Args:
+        name: one of `names`.
+        task: the task.
+        outcomes: of its `tuning`, as far as there are any.
+    """
+    tuned = all(outcome.summaries for outcome in outcomes)
+    match name:
+        case "methods":
+            return tuning(task)
+        case "stable":
+            return stable(task)
+        case "finals":
+            return finals(task, outcomes) if tuned else None
+        case _:
+            return longer(task, outcomes) if tuned else None
+
+
 def tuning(task: Task) -> Study:
     """All methods at K = 4, each at the best of three step sizes, on one seed."""
     rows = tuple(row(task, method, 4, task.lrs) for method in methods(task))
@@ -42,21 +71,20 @@ def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
 
 def stable(task: Task) -> Study:
     """Backprop, the delayed gradient and the default at K = 4, with the smallest step size doubled time and again."""
-    half = {"steps": task.budget // 2}
+    steps = task.budget // 2
     rows = tuple(
-        replace(one, label=f"{method}, step size {lr:g}", settings=replace(one.settings, **half))
+        Row(method, f"step size {lr:g}", replace(row(task, method, 4, lr=lr).settings, steps=steps))
         for method in (BACKPROP, DELAYED, DEFAULT)
         for lr in (task.lrs[0] * 2**power for power in range(7))
-        for one in (row(task, method, 4, lr=lr),)
     )
     return Study(
         name=f"delay-{task.name}-stable",
         title=f"{task.title}: how large a step size may be, K = 4",
-        about=tables.ABOUT_STABLE.format(steps=half["steps"], limit=tables.LEARNT * task.chance),
+        about=tables.ABOUT_STABLE.format(steps=steps, limit=tables.LEARNT * task.chance),
         rows=rows,
         seeds=(0,),
         draw=tables.draw,
-        tell=lambda _study, outcomes: tables.tell_stable(outcomes, task),
+        tell=lambda study, outcomes: tables.tell_stable(study, outcomes, task),
     )
 
 

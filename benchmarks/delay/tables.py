@@ -98,33 +98,23 @@ def _cells(
         ]
 
 
-def tell_stable(outcomes: Sequence[Outcome], task: Task) -> str:
+def tell_stable(study: Study, outcomes: Sequence[Outcome], task: Task) -> str:
     """The last loss of every method at every step size, and the largest stable one over backprop's."""
+    lrs = sorted({one.lr for one in outcomes if one.lr is not None})
     largest: dict[str, float] = {}
-    found: dict[str, dict[float, str]] = {}
-    for one in outcomes:
-        method, lr = one.row.label.split(", step size ")
-        if not one.summaries:
-            continue
-        loss = next((curve[max(curve)] for curve in medians(one) if curve), math.inf)
-        learns = not one.diverged and loss < LEARNT * task.chance
-        found.setdefault(method, {})[float(lr)] = (
-            "diverged" if one.diverged else f"{loss:.3f}" if learns else f"({loss:.3f})"
-        )
-        if learns:
-            largest[method] = max(largest.get(method, 0.0), float(lr))
-    lrs = sorted({lr for row in found.values() for lr in row})
+    rows = []
+    for method in study.panels:
+        cells = dict.fromkeys(lrs, "")
+        for one in (one for one in outcomes if one.row.panel == method and one.summaries and one.lr is not None):
+            loss = next((curve[max(curve)] for curve in medians(one) if curve), math.inf)
+            learns = not one.diverged and loss < LEARNT * task.chance
+            cells[one.lr] = "diverged" if one.diverged else f"{loss:.3f}" if learns else f"({loss:.3f})"
+            if learns:
+                largest[method] = max(largest.get(method, 0.0), one.lr)
+        best, theirs = largest.get(method), largest.get(BACKPROP)
+        told = f"{best:g}" if best else "none"
+        rows.append([method, *cells.values(), told, f"{best / theirs:g}" if best and theirs else ""])
     header = ["", *(f"{lr:g}" for lr in lrs), "largest stable", "over backprop's"]
-    best = largest.get(BACKPROP)
-    rows = (
-        [
-            method,
-            *(row.get(lr, "") for lr in lrs),
-            f"{largest[method]:g}" if method in largest else "none",
-            f"{largest[method] / best:g}" if best and method in largest else "",
-        ]
-        for method, row in found.items()
-    )
     return markdown_table(header, rows) + "\n\nIn brackets: learnt too little."
 
 

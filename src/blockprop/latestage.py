@@ -227,9 +227,10 @@ class LateStage:
             points = self._points(old, new, gluing.direction)
             if (slopes := ask(points)) is not None:
                 self.measured(points, slopes)
-        if ids is not None and self.cache is not None:
-            self._store(ids, old, gluing, tick)
         whole = gluing.direction * gluing.count
+        if ids is not None and self.cache is not None:
+            self._count = gluing.count / len(old)
+            self._store(ids, old, whole, tick)
         kappa, across = (one.at(self.link, whole) for one in (correction.curvature, correction.across))
         target = TargetTerm(old, gluing.direction, gluing.count, kappa, correction.along, across)
         before = [p.grad for p in self.stage.wstep.parameters]
@@ -321,12 +322,10 @@ class LateStage:
                 more = self.correction.compensation * fresh.square() * (parameter - weight)
                 parameter.grad = parameter.grad + more
 
-    def _store(self, ids: Tensor, old: Tensor, gluing: Gluing, tick: int) -> None:
+    def _store(self, ids: Tensor, old: Tensor, now: Tensor, tick: int) -> None:
         """Keep the feedback by example; what is replaced tells the curvature along the slope, at no cost."""
         assert self.cache is not None
         self.cache.fit([old.shape[1:]])
-        now = gluing.direction * gluing.count
-        self._count = gluing.count / len(old)
         if (self.cache.written(ids) >= 0).all():
             anchor, then = (value.to(old) for value in self.cache.read(0, ids))
             self.correction.curvature.measure(self.link, projected(old - anchor, then), now - then, then)

@@ -22,9 +22,8 @@ def optimizers_of(settings: Settings, blocks: Iterable[nn.Module]) -> list[Optim
     Raises:
         ValueError: proximal W-steps with another optimizer than sgd.
     """
-    assert settings.lr is not None and settings.optimizer is not None
+    assert settings.lr is not None and settings.optimizer is not None and settings.momentum is not None
     rates = settings.block_lr or (settings.lr,) * settings.blocks
-    assert settings.momentum is not None
     more = (settings.momentum, settings.weight_decay)
     if settings.w_damping is not None and settings.optimizer != "sgd":
         raise ValueError(f"--w-damping is of sgd, not of {settings.optimizer}: leave it out")

@@ -5,13 +5,14 @@ import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from blockprop.experiments.folder import read_json, settings_of
-from blockprop.experiments.settings import BLOCKPROP_ONLY, Settings
+from blockprop.experiments.settings import Settings
 from blockprop.metrics import read_metrics
 
 __all__ = ["Group", "Run", "find_runs", "groups", "markdown", "plot", "table"]
@@ -32,6 +33,11 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The settings by name, as JSON-ready values."""
         return self.settings.as_dict()
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`."""
+        return read_metrics(self.folder / "metrics.jsonl")
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,8 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
     def settings(run: Run) -> dict[str, str]:
         own = _INCIDENTAL | set(run.settings.without_effect())
-        if run.settings.algorithm == "backprop":
-            # what belongs to BlockProp alone does not tell two runs of backprop apart
-            own |= set(BLOCKPROP_ONLY)
-            if run.settings.clip is None and not run.settings.block_lr:
-                own |= {"blocks", "split_by"}
+        if run.settings.algorithm == "backprop" and run.settings.clip is None and not run.settings.block_lr:
+            own |= {"blocks", "split_by"}
         return {key: _word(value) for key, value in run.config.items() if key not in own}
 
     kinds: dict[tuple[tuple[str, str], ...], list[Run]] = {}
@@ -192,8 +195,8 @@ def plot(made: Sequence[Group], path: Path, title: str) -> None:
     # room for the tick labels in the lower row, and for the legend below it
     lower = max(3.5, 0.2 * len(ticks) * max(label.count("\n") + 1 for label in ticks))
     below = 0.17 * sum(label.count("\n") + 1 for label in legend) / columns
-    stale = [one for one in _STALENESS if any(_curves(group, *one.source) for group in made)]
-    stale = stale if any(one.tells_of_delay for one in stale) else []
+    late = any(_curves(group, "train", "age") for group in made)
+    stale = [one for one in _STALENESS if late and any(_curves(group, *one[:2]) for group in made)]
     heights = [3.5, lower, *[3.0] * bool(stale)]
     figure = Figure(figsize=(13, 0.5 + sum(heights) + below), layout="constrained")
     figure.suptitle(_wrapped(title, 100, 4), fontsize=13)
@@ -215,9 +218,9 @@ def plot(made: Sequence[Group], path: Path, title: str) -> None:
             test.plot(values, [index + 0.18] * len(values), "|", color=style["color"], markersize=9)
         _gluing(gluing, group, index)
         for axes, one in zip(below_these, stale, strict=True):
-            _band(axes, group, *one.source, style)
-    for axes, one in zip(below_these, stale, strict=True):
-        axes.set(title=one.title, xlabel="epoch", ylabel=f"mean over {'links' if one.tells_of_delay else 'blocks'}")
+            _band(axes, group, *one[:2], style)
+    for axes, (_, _, name, averaged) in zip(below_these, stale, strict=True):
+        axes.set(title=name, xlabel="epoch", ylabel=averaged)
     loss.set(title="training loss", xlabel="epoch", yscale="log")
     validation.set(title=f"validation {measure}" + (" (%)" if accuracy else ""), xlabel="epoch")
     if not validation.lines:
@@ -237,20 +240,12 @@ def plot(made: Sequence[Group], path: Path, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-@dataclass(frozen=True)
-class _Staleness:
-    """A panel about late feedback: where its figures are in the metrics, and whether they are there with delay only."""
-
-    source: tuple[str, str]
-    title: str
-    tells_of_delay: bool = True
-
-
 _STALENESS = (
-    _Staleness(("train", "age"), "age of feedback: ticks, or visits"),
-    _Staleness(("train", "drift"), "drift ‖b_now(h) − b_old(h)‖²"),
-    _Staleness(("diagnostics", "cosine"), "cosine with backprop's gradient", tells_of_delay=False),
+    ("train", "age", "age of feedback: ticks, or visits", "mean over links"),
+    ("train", "drift", "drift ‖b_now(h) − b_old(h)‖²", "mean over links"),
+    ("diagnostics", "cosine", "cosine with backprop's gradient", "mean over blocks"),
 )
+"""Panels about late feedback: kind and name of the figure in the metrics, title, and what was averaged."""
 
 
 def _wrapped(text: str, width: int, lines: int) -> str:
@@ -278,7 +273,7 @@ def _curves(group: Group, kind: str, key: str, scale: float = 1.0) -> list[dict[
     """A figure over epochs, of every run that has it; the mean where there is one for every link or block."""
     found = []
     for run in group.runs:
-        rows = (row for row in read_metrics(run.folder / "metrics.jsonl") if row["kind"] == kind)
+        rows = (row for row in run.metrics if row["kind"] == kind)
         curve = {row["epoch"]: _mean(row.get(key)) for row in rows}
         found.append({epoch: scale * value for epoch, value in curve.items() if value is not None})
     return [curve for curve in found if curve]

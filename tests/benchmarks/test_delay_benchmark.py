@@ -1,0 +1,86 @@
+"""benchmarks/delay: what is run, and what is made of the curves."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from benchmarks.delay import studies, tables
+from benchmarks.delay.tasks import ASTRAY, BACKPROP, DEFAULT, DELAYED, tasks
+
+from blockprop.studies.study import Outcome
+
+TASKS = {task.name: task for task in tasks(None, quick=False)}
+BRIEF = {task.name: task for task in tasks(None, quick=True)}
+
+
+def outcome(row, folder, losses, *, lr=0.1, diverged=False):
+    """A row with one finished run, whose validation losses were these."""
+    folder.mkdir(parents=True)
+    curve = [{"kind": "validation", "step": step, "epoch": 0.0, "loss": loss} for step, loss in losses.items()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
+    return Outcome(row, lr, {0: {"diverged": diverged}}, {0: folder})
+
+
+@pytest.mark.parametrize("task", [*TASKS.values(), *BRIEF.values()], ids=lambda task: f"{task.name}-{task.budget}")
+def test_all_that_is_run_has_settings_that_go_together(task):
+    outcomes = [Outcome(row, 0.1, {}, {}) for row in studies.tuning(task).rows]
+    made = [studies.tuning(task), studies.finals(task, outcomes)]
+    made += [studies.stable(task)] if "stable" in studies.names(task) else []
+    made += [studies.longer(task, outcomes)] if task.long else []
+    for study in made:
+        for row in study.rows:
+            row.settings.resolved()
+
+
+def test_what_waits_for_step_sizes_and_what_does_not():
+    task = TASKS["gpt"]
+    none = [Outcome(row, None, {}, {}) for row in studies.tuning(task).rows]
+    assert [name for name in studies.names(task) if studies.study(name, task, none) is None] == ["finals", "longer"]
+    assert studies.names(TASKS["mlp"]) == ["methods", "finals", "stable"]
+    assert studies.names(BRIEF["mlp"]) == ["methods", "finals"]
+
+
+def test_the_best_three_go_on_and_the_default_astray_at_the_step_size_of_the_default(tmp_path):
+    task = TASKS["mlp"]
+    rows = studies.tuning(task).rows
+    losses = {row.label: 1.0 + index / 100 for index, row in enumerate(rows)}
+    losses |= {"SpecTrain: weight prediction": 0.2, "DC-ASGD, λ = 0.1": 0.3, "targets, κ = 0.1": 0.4}
+    found = [
+        outcome(row, tmp_path / str(index), {task.budget: losses[row.label]}, lr=0.05 if row.label == DEFAULT else 0.1)
+        for index, row in enumerate(rows)
+    ]
+    final = [row for row in studies.finals(task, found).rows if row.panel.endswith("K = 8")]
+    best = ["SpecTrain: weight prediction", "DC-ASGD, λ = 0.1", "targets, κ = 0.1"]
+    assert [row.label for row in final] == [BACKPROP, DELAYED, *best, DEFAULT, ASTRAY]
+    astray = final[-1].settings
+    assert (astray.lr, astray.latency, astray.lost, astray.blocks) == (0.05, 3, 0.05, 8)
+
+
+def test_a_language_model_has_a_layer_for_every_block():
+    task = TASKS["gpt"]
+    assert [studies.row(task, DEFAULT, blocks).settings.depth for blocks in (2, 4, 8)] == [6, 6, 8]
+
+
+def test_quality_is_a_median_of_three_at_the_budget(tmp_path):
+    task = replace(TASKS["mlp"], settings=replace(TASKS["mlp"].settings, steps=30))
+    one = outcome(studies.row(task, BACKPROP, 4), tmp_path / "a", {10: 3.0, 20: 1.0, 30: 2.0, 40: 0.1})
+    assert tables.quality(one, task) == [2.0]
+    assert tables.steps_to(one, 1.5) == [40]
+    assert tables.steps_to(one, 0.5) == [float("inf")]
+
+
+def test_the_largest_stable_step_size(tmp_path):
+    """A run that diverged, or learnt too little, is not stable."""
+    task = TASKS["mlp"]
+    study = studies.stable(task)
+    ends = {BACKPROP: (0.5, 0.4, 0.3), DELAYED: (0.6, 2.3, None)}
+    found = [
+        outcome(row, tmp_path / f"{row.panel}-{index}", {10: end or 9.9}, lr=row.settings.lr, diverged=end is None)
+        for method, losses in ends.items()
+        for index, (row, end) in enumerate(
+            zip([row for row in study.rows if row.panel == method], losses, strict=False)
+        )
+    ]
+    told = tables.tell_stable(study, found, task).splitlines()
+    assert told[2] == "| backprop | 0.500 | 0.400 | 0.300 | 0.2 | 1 |"
+    assert told[3] == "| delayed gradient | 0.600 | (2.300) | diverged | 0.05 | 0.25 |"
