@@ -127,7 +127,8 @@ def row(task: Task, method: str, blocks: int, lrs: tuple[float, ...] = (), lr: f
         lr=task.settings.lr if lr is None else lr,
         **chosen,
     )
-    return Row(f"{task.title}, K = {blocks}", method, settings, lrs, style=STYLES.get(method, ()))
+    panel = f"{task.title}, K = {blocks}"
+    return Row(panel, method, settings, lrs, style=STYLES.get(method, ()), tuning_steps=task.budget)
 
 
 def _study(name: str, title: str, rows: tuple[Row, ...], seeds: tuple[int, ...], task: Task) -> Study:

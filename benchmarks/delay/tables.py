@@ -11,7 +11,8 @@ from blockprop.studies.publish import markdown_table, spread
 from blockprop.studies.study import Outcome, Study
 
 ABOUT = """
-Simulated pipelines in one process, tick by tick. Budget {budget} steps; runs go on to {twice}. Quality is the
+Simulated pipelines in one process, tick by tick. Budget {budget} steps; runs go on to {twice}, but for those that a
+step size is chosen by. Quality is the
 validation loss at the budget, a running median of three evaluations. Q is backprop's mean validation loss at 80 % of
 the budget. "Examples to Q" is the count at the first evaluation (every 2 %) whose running median of three is at or
 below Q, over backprop's count.

@@ -115,11 +115,12 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
     gradient = pipelined | {"feedback": "gradient"}
     stashed = pipelined | {"feedback": "stashed"}
     alike = pipelined | {"directions": "all"}
-    warm = {"warmup": None}
+    # a tenth of a whole run, as is the default; in numbers, since the runs that choose a step size are shorter
+    warm = {"warmup": 2 * task.budget // 10}
     quarter = task.budget // 4
     found = {
         BACKPROP: {},
-        WARM_BACKPROP: {"warmup": 2 * task.budget // 10},
+        WARM_BACKPROP: warm,
         DELAYED: gradient,
         "delayed gradient, warm-up": gradient | warm,
         "delayed gradient, stashed weights": stashed,

@@ -30,6 +30,7 @@ class Row:
             settings' own.
         style: how it is drawn: keywords of matplotlib's `plot`.
         at_most: how many of the study's seeds it has; default all.
+        tuning_steps: how long the runs are that a step size is chosen by; default as long as the others.
     """
 
     panel: str
@@ -38,6 +39,7 @@ class Row:
     lrs: tuple[float, ...] = ()
     style: tuple[tuple[str, Any], ...] = ()
     at_most: int | None = None
+    tuning_steps: int | None = None
 
     @property
     def name(self) -> str:
@@ -122,10 +124,11 @@ class Study:
 
     def folders(self, out: Path) -> dict[Row, Path]:
         """Where each row's runs are: with the first row of equal settings."""
-        first: dict[tuple[Settings, tuple[float, ...]], Path] = {}
+        first: dict[tuple[Settings, tuple[float, ...], int | None], Path] = {}
         return {
             row: first.setdefault(
-                (row.settings.resolved(), row.lrs), out / "runs" / folder_name(row.panel) / folder_name(row.label)
+                (row.settings.resolved(), row.lrs, row.tuning_steps),
+                out / "runs" / folder_name(row.panel) / folder_name(row.label),
             )
             for row in self.rows
         }
@@ -216,7 +219,10 @@ def _place(folder: Path, seed: int, lr: float | None) -> Path:
 
 
 def _with(row: Row, seed: int, lr: float | None) -> Settings:
-    return replace(row.settings, seed=seed, lr=row.settings.lr if lr is None else lr)
+    settings = replace(row.settings, seed=seed, lr=row.settings.lr if lr is None else lr)
+    if seed == TUNING_SEED and row.tuning_steps is not None:
+        return replace(settings, steps=row.tuning_steps)
+    return settings
 
 
 def _chosen(row: Row, summaries: Sequence[dict[str, Any]]) -> float:
