@@ -108,7 +108,7 @@ def test_the_runs_that_choose_a_step_size_may_be_shorter(tmp_path):
     assert [json.loads(path.read_text())["steps"] for path in tuned] == [6, 6]
     assert outcome.summaries[0]["steps"] == 12
     other = study_of(Row("p", "backprop", BACKPROP, lrs=(0.05, 0.1)), seeds=(0,))
-    with pytest.raises(ValueError, match="steps"):
+    with pytest.raises(ValueError, match="other settings"):
         other.check(tmp_path)
 
 
