@@ -58,7 +58,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
     base = Settings(data_dir=data_dir, threads=1, algorithm="backprop")
     mnist = replace(base, data="mnist", model="mlp", width=256, depth=8, batch_size=64, validation=0.05)
     text = replace(base, data="shakespeare", model="gpt", width=96, depth=6, batch_size=32, validation=0.02)
-    cifar = replace(base, data="cifar10", model="resnet18", width=16, batch_size=128, validation=0.02)
+    cifar = replace(base, data="cifar10", model="resnet18", width=16, batch_size=64, validation=0.01)
     nesterov = {"optimizer": "nesterov", "momentum": 0.9}
     characters = math.log(65)
     found = [
@@ -85,7 +85,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
         Task(
             "resnet",
             "ResNet18-w16, CIFAR-10, momentum",
-            replace(cifar, steps=380),
+            replace(cifar, steps=150),
             (0.02, 0.05, 0.1),
             nesterov,
             math.log(10),
