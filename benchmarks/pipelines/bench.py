@@ -18,7 +18,7 @@ from benchmarks.pipelines.workloads import Workload, prepare
 from blockprop.experiments.settings import Settings
 
 Say = Callable[[str], None]
-_FIRST_STEPS, _EPOCH = 12, 4
+_FIRST_STEPS, _EPOCH = 12, 16
 
 
 @dataclass(frozen=True)

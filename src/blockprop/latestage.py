@@ -157,19 +157,21 @@ class LateStage:
         kept = (value for flight in self.flights.values() for value in (flight.input, flight.output))
         return sum(value.numel() * value.itemsize for value in kept)
 
-    def forward(self, number: int, inputs: Tensor, tick: int) -> Tensor:
+    def forward(self, number: int, inputs: Tensor, tick: int, *, quiet: bool = False) -> Tensor:
         """Evaluate the block on a batch, and keep it on its way.
 
         Args:
             number: of the batch, or of the microbatch.
             inputs: h_k, shape [N, ...].
             tick: now.
+            quiet: whether no feedback will come, and `learn_cached` follows at once, on this graph; default False.
 
         Returns:
             b_k(h_k), for the block above.
         """
-        weights = None if self.top else self._weights()
-        keep = self.top or self.correction.reuse
+        now = self.top or quiet
+        weights = None if now else self._weights()
+        keep = now or self.correction.reuse
         evaluation = self.stage.forward(inputs, keep_graph=keep, repeatable=True, weights=weights)
         self.flights[number], self._sent[number] = evaluation, tick
         return evaluation.output.detach()
@@ -334,8 +336,9 @@ class LateStage:
     # -- curvature, measured by the blocks above
 
     def wants(self, tick: int) -> bool:
-        """Whether the curvature of the link above is to be measured in this tick."""
-        return not self.top and self.correction.curvature.wants(self.link, self.blocks - 1, tick)
+        """Whether the curvature of the link above is to be measured in this tick; where nothing moves, it is not."""
+        moves = not self.top and not self.correction.reuse
+        return moves and self.correction.curvature.wants(self.link, self.blocks - 1, tick)
 
     def _points(self, old: Tensor, new: Tensor, slope: Tensor) -> Points:
         """An eighth of the examples, at least eight: one number is measured, and a running mean is taken of it."""

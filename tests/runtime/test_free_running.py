@@ -11,6 +11,7 @@ from torch import nn
 import blockprop
 from blockprop.cache import GluingCache
 from blockprop.curvature import Constant, Secant
+from blockprop.executors import PipelinedExecutor
 from blockprop.latestage import Correction, LateStage
 from blockprop.runtime import FreeRunningExecutor
 from conftest import batch, flat, mlp, sgd
@@ -51,6 +52,28 @@ def test_every_block_learns_from_every_batch(K, settings):
     assert apart(model(), K, data(), executor, after=after) == [12] * K
     if not settings:
         assert all(age <= 2 * (K - k) + 1 for k in ages for age in ages[k])
+
+
+@pytest.mark.parametrize(("reuse", "passes"), [(False, 1.5), (True, 1.0)])
+@pytest.mark.parametrize("policy", [FreeRunningExecutor, PipelinedExecutor])
+def test_a_visit_without_feedback_has_one_forward_pass(policy, reuse, passes):
+    """Of every two visits one has feedback; a block below evaluates again for that alone, and not with reuse."""
+    forwards = []
+
+    def executor(remote):
+        correction = Correction(curvature=Constant(0.3), along=True, reuse=reuse)
+        cache = {"cache": lambda: GluingCache(EXAMPLES, dtype=torch.float64), "refresh": 2}
+        return policy(remote=remote, correction=correction, **cache)
+
+    class Counting(nn.Linear):
+        def forward(self, inputs):
+            forwards.append(len(inputs))
+            return super().forward(inputs)
+
+    network = model()
+    network[0] = Counting(network[0].in_features, network[0].out_features, dtype=torch.float64)
+    apart(network, 2, data(), executor)
+    assert len(forwards) == passes * 12
 
 
 def test_one_batch_in_flight_is_the_exact_form():

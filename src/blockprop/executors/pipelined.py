@@ -227,7 +227,7 @@ class PipelinedExecutor:
         if kind == "forward":
             h = part.inputs if k == 1 else self._mail.take_output(k, number, part.ids)
             assert h is not None
-            output = late.forward(number, h, self.tick)
+            output = late.forward(number, h, self.tick, quiet=self._quiet(number))
             if not late.top:
                 self._mail.send_output(k + 1, number, output, part.ids)
         elif kind == "drop":

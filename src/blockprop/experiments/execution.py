@@ -74,7 +74,8 @@ def _correction(settings: Settings) -> Correction:
         curvature=_curvature(settings),
         along=apart or settings.directions == "along",
         across=_curvature(settings) if apart else None,
-        reuse=settings.feedback == "stashed",
+        # with a cache a visit has three passes, those with feedback too
+        reuse=settings.feedback == "stashed" or settings.who_does_what == "cached",
         prediction=settings.prediction,
         compensation=settings.compensation,
     )

@@ -110,7 +110,7 @@ class FreeRunningExecutor:
             assert message.number == number, "outputs come in order"
             inputs = output_of(message, late.stage.index, ids)
         assert inputs is not None
-        output = late.forward(number, inputs, self._fed)
+        output = late.forward(number, inputs, self._fed, quiet=quiet)
         if late.top:
             assert targets is not None
             self._labels = {n: y for n, y in self._labels.items() if n > number - 8 * late.blocks} | {number: targets}
