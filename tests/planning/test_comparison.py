@@ -38,7 +38,16 @@ def test_errors_are_of_multiples_of_one_thread():
 
 
 @pytest.mark.parametrize(
-    "method", ["DDP", "1F1B, 4", "ZBV, 4", "1F1B, 8 x 128", "BlockProp, cached, E = 4", "GPipe, 8"]
+    "method",
+    [
+        "DDP",
+        "1F1B, 4",
+        "ZBV, 4",
+        "1F1B, 8 x 128",
+        "BlockProp, cached, E = 4",
+        "GPipe, 8",
+        "BlockProp, lock-step, stashed, 4 microbatches",
+    ],
 )
 def test_every_measured_method_is_known(method):
     (found,) = compare([row("one thread", 1.0), row(method, 1.0)], {"mlp": CASE}, LINKS)

@@ -15,7 +15,7 @@ def test_the_table_has_every_method(capsys):
     assert "6 layers, K = 3, batch of 8, 1000 Mbit/s, 1 ms" in shown.splitlines()[0]
     for name in ("one device", "DDP", "GPipe", "1F1B", "zero bubble"):
         assert any(line.strip().startswith(f"{name} ") for line in shown.splitlines())
-    for name in ("lock-step", "free-running", "cached"):
+    for name in ("lock-step", "stashed", "free-running", "cached"):
         assert f"BlockProp, {name}" in shown
 
 
@@ -26,7 +26,7 @@ def test_json_has_all_numbers(capsys):
     assert found["cluster"]["speeds"] == [1.0, 0.5]
     assert found["cluster"]["link"] == {"bandwidth": 10.0, "latency": 2.0, "overhead": 1.1}
     assert found["setting"]["batch_size"] == 8
-    assert len(found["methods"]) == 8
+    assert len(found["methods"]) == 9
     assert all(len(each["busy"]) == 2 and each["samples_per_second"] > 0 for each in found["methods"])
 
 

@@ -25,6 +25,7 @@ TITLES = {
     "1f1b": "1F1B",
     "zero bubble": "zero bubble",
     "blockprop lock-step": "BlockProp, lock-step",
+    "blockprop stashed": "BlockProp, stashed",
     "blockprop free-running": "BlockProp, free-running",
     "blockprop cached": "BlockProp, cached",
 }

@@ -172,11 +172,16 @@ def zero_bubble(chunks: Sequence[Block], devices: int, microbatches: int) -> lis
     ]
 
 
-def lock_step(blocks: Sequence[Block], parts: int) -> list[Program]:
+def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> list[Program]:
     """BlockProp's pipeline tick by tick, as [`pipelined`][blockprop.schedules.pipelined] says, when it has filled up.
 
-    Block k learns from the batch whose feedback has come, evaluating it again, and forwards a new one; the top does
-    the two passes of one batch. A tick needs both neighbours' messages of the tick before.
+    Block k learns from the batch whose feedback has come, and forwards a new one; the top does the two passes of one
+    batch. A tick needs both neighbours' messages of the tick before.
+
+    Args:
+        blocks: all blocks.
+        parts: M, one update for so many microbatches.
+        again: whether a block evaluates a batch again when its feedback has come; not with stashed weights.
     """
 
     def steps(k: int) -> Iterator[Step]:
@@ -193,7 +198,7 @@ def lock_step(blocks: Sequence[Block], parts: int) -> list[Program]:
                 yield Step(needs, Task(block.forward + block.backward, down))
                 yield Step((), Task(update, (), last))
             else:
-                yield Step(needs, Task(block.forward + block.backward, down))
+                yield Step(needs, Task(again * block.forward + block.backward, down))
                 yield Step((), Task(update, (), last))
                 yield Step((), Task(block.forward, (Message(k + 1, ("up", tick), block.sent),)))
 
@@ -209,13 +214,17 @@ class _Free:
         parts: batches are cut into so many; one update for all.
         window: messages that may be on the way to the block above and not yet taken up.
         feedback: False for blocks that learn at their forward pass, from what they have in their caches.
+        again: whether a block evaluates a batch again when its feedback has come.
     """
 
-    def __init__(self, k: int, blocks: Sequence[Block], parts: int, window: int, *, feedback: bool) -> None:
+    def __init__(
+        self, k: int, blocks: Sequence[Block], parts: int, window: int, *, feedback: bool, again: bool = False
+    ) -> None:
         self._k, self._block, self._parts = k, blocks[k], parts
         self._top = k == len(blocks) - 1
         self._sent_below = blocks[k - 1].sent if k else 0.0
         self._with_feedback = feedback
+        self._again = again
         # as when the pipeline has filled up: one message waits on either side
         self._have: dict[Hashable, int] = {"up": 1, "down": 1, "room": window}
         self._learnt = 0
@@ -233,7 +242,7 @@ class _Free:
         block, have = self._block, self._have
         if self._with_feedback and not self._top and have["down"]:
             have["down"] -= 1
-            return self._learn(block.forward + block.backward, ())
+            return self._learn(self._again * block.forward + block.backward, ())
         if (self._k and not have["up"]) or not (self._top or have["room"]):
             return None
         taken: tuple[Message, ...] = ()
@@ -260,9 +269,16 @@ class _Free:
         return Task(seconds, sends, last)
 
 
-def free_running(blocks: Sequence[Block], parts: int, window: int) -> list[Program]:
-    """BlockProp without ticks: a block learns if feedback has come, and forwards the next batch if not."""
-    return [_Free(k, blocks, parts, window, feedback=True) for k in range(len(blocks))]
+def free_running(blocks: Sequence[Block], parts: int, window: int, *, again: bool = True) -> list[Program]:
+    """BlockProp without ticks: a block learns if feedback has come, and forwards the next batch if not.
+
+    Args:
+        blocks: all blocks.
+        parts: M, one update for so many microbatches.
+        window: messages that may be on the way to the block above and not yet taken up.
+        again: as in [`lock_step`][blockprop.planning.methods.lock_step].
+    """
+    return [_Free(k, blocks, parts, window, feedback=True, again=again) for k in range(len(blocks))]
 
 
 def streaming(blocks: Sequence[Block], parts: int, window: int) -> list[Program]:

@@ -179,12 +179,12 @@ def _cut(
     parts: int,
     examples: float,
     *,
-    again: float = 0.0,
+    again: bool = False,
     spared: float = 0.0,
 ) -> list[int]:
     """The cut for batches of so many parts.
 
-    `again` are extra forward passes of blocks below the top; `spared` is the share of the batches in which a block
+    `again`: blocks below the top have two forward passes; `spared` is the share of the batches in which a block
     spares the gradient in its own input.
     """
     passes = [layer.at(examples) for layer in layers]
@@ -222,9 +222,9 @@ def _zero_bubble(layers: Sequence[Layer], cluster: Cluster, setting: Setting, na
 
 
 def _lock_step(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, given: Cut) -> Prediction:
-    examples = setting.batch_size / setting.parts
-    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=1.0)
-    programs = methods.lock_step(_blocks(layers, cut, examples), setting.parts)
+    examples, again = setting.batch_size / setting.parts, name != "blockprop stashed"
+    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=again)
+    programs = methods.lock_step(_blocks(layers, cut, examples), setting.parts, again=again)
     return _simulated(name, programs, cluster, setting, cut, 24)
 
 
@@ -238,17 +238,20 @@ def _batches(cluster: Cluster, setting: Setting) -> int:
 
 def _free_running(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, given: Cut) -> Prediction:
     examples = setting.batch_size / setting.parts
-    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=1.0)
+    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=True)
     programs = methods.free_running(_blocks(layers, cut, examples), setting.parts, setting.window)
     return _simulated(name, programs, cluster, setting, cut, _batches(cluster, setting))
 
 
 def _cached(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, given: Cut) -> Prediction:
-    """The mean over E epochs: one free-running, the others on cached feedback, all at the same cut."""
+    """The mean over E epochs: one free-running, the others on cached feedback, all at the same cut.
+
+    Nobody evaluates a batch again.
+    """
     examples, share = setting.batch_size / setting.parts, 1 / setting.refresh
-    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=share, spared=1 - share)
+    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, spared=1 - share)
     blocks, batches = _blocks(layers, cut, examples), _batches(cluster, setting)
-    refresh = methods.free_running(blocks, setting.parts, setting.window)
+    refresh = methods.free_running(blocks, setting.parts, setting.window, again=False)
     found = [_simulated(name, refresh, cluster, setting, cut, batches)]
     if share < 1:
         between = methods.streaming(blocks, setting.parts, setting.window)
@@ -279,6 +282,7 @@ _METHODS: dict[str, Callable[[Sequence[Layer], Cluster, Setting, str, Cut], Pred
     "1f1b": _synchronous,
     "zero bubble": _zero_bubble,
     "blockprop lock-step": _lock_step,
+    "blockprop stashed": _lock_step,
     "blockprop free-running": _free_running,
     "blockprop cached": _cached,
 }

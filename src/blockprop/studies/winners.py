@@ -60,7 +60,7 @@ def draw(
     colours = dict(
         zip(
             METHODS,
-            ("#d9d9d9", "#fdd49e", "#c7e9c0", "#a1d99b", "#74c476", "#9ecae1", "#6baed6", "#b39ddb"),
+            ("#d9d9d9", "#fdd49e", "#c7e9c0", "#a1d99b", "#74c476", "#c6dbef", "#9ecae1", "#6baed6", "#b39ddb"),
             strict=True,
         )
     )
