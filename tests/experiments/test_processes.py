@@ -235,6 +235,22 @@ def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom):
         )
 
 
+def test_the_runs_of_a_killed_comparison_end_with_it(tmp_path):
+    words = ["compare", *SMALL, "--steps", "1000000", "--seeds", "0", "1", "--variant", "exact", "--jobs", "2"]
+    parent = start(*BLOCKPROP, *words, "--out", tmp_path)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("exact/seed-*/metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = children_of(parent.pid)
+    assert len(children) >= 2
+    parent.kill()
+    ended(parent)
+    deadline = time.monotonic() + 10
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, children))
+
+
 def test_workers_with_other_settings(tmp_path):
     words = [*TWO, "--store", f"127.0.0.1:{free_port()}", "--steps", "50", "--out", str(tmp_path / "run")]
     workers = [

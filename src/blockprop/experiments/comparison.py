@@ -1,14 +1,16 @@
 """Many runs in one folder: finished ones are kept, stopped ones continued, diverged ones recorded."""
 
+import os
 import re
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def work_off(
     for plan in plans:
         _check(plan)
     # spawned, since forking a process that has used torch's threads can hang
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else _Here()
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_parent) if jobs > 1 else _Here()
     upcoming = deque(_Open(plan) for plan in plans)
     ready: deque[tuple[_Open, Planned]] = deque()
     running: dict[Future[tuple[dict[str, Any], float]], tuple[_Open, Planned]] = {}
@@ -176,6 +178,17 @@ class _Here(Executor):
         future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
+
+
+def _end_with_parent() -> None:
+    """Nobody would take the result of a run whose parent was killed; its last checkpoint is there."""
+
+    def watch() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _same(one: Settings, other: Settings) -> bool:
