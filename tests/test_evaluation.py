@@ -32,6 +32,20 @@ def test_a_repetition_draws_the_same_masks():
     assert not torch.equal(block(x), evaluation.output)  # a fresh mask is another one
 
 
+def test_what_the_block_gives_now_for_the_same_input():
+    """At the present weights, with the masks and buffers of then; the evaluation itself is still of then."""
+    block, x = noisy(), torch.randn(6, 4)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in block.named_parameters()}
+    evaluation = Evaluation(block, x, weights=weights)
+    then = evaluation.output.detach().clone()
+    assert torch.equal(evaluation.moved(), then)
+    with torch.no_grad():
+        block[3].bias += 1
+    torch.testing.assert_close(evaluation.moved(), then + 1)
+    assert not evaluation.moved().requires_grad
+    assert torch.equal(evaluation(x), then)
+
+
 def test_generator_and_buffers_move_once():
     block, x = noisy(), torch.randn(6, 4)
     twin = noisy()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import blockprop
+from blockprop.cache import GluingCache
 from blockprop.checkpoint import load_state, save_state
 from blockprop.curvature import Constant, PerExample, Secant
 from blockprop.executors import PipelinedExecutor
@@ -279,6 +280,17 @@ def test_curvatures_in_proportion_to_slopes_are_found():
     curvature.measure(0, way, 0.7 * norms[:, None, None] * way, slope)
     assert torch.allclose(curvature.at(0, slope), 0.7 * norms[:, None, None], rtol=1e-5)
     assert torch.allclose(PerExample(Constant(2.0)).at(0, slope), 2 * norms[:, None, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_with_a_cache_curvatures_are_measured_on_the_first_visits(reuse):
+    """Stashed weights do not move, but the block has; two blocks, so that its feedback is late."""
+    curvature = Secant(2)
+    cache = {"cache": lambda: GluingCache(48, dtype=torch.float64)}
+    algo = trainer(PipelinedExecutor(curvature=curvature, along=True, reuse=reuse, **cache), K=2)
+    for index, (x, y) in enumerate(data()[:6]):
+        algo.step(x, y, torch.arange(8 * index, 8 * index + 8))
+    assert 0 in curvature.values
 
 
 def test_a_constant_per_example_makes_targets_equally_far():

@@ -131,7 +131,8 @@ class Bench:
             # rows of metrics at whole cycles of refreshes, in epochs short enough to have two of them
             every = _EPOCH * refresh
             steps = every * max(2, -(-steps // every))
-            settings = replace(settings, train_size=_EPOCH * batch)
+            # so few examples, learnt again and again, may diverge at a step size that suits all of them
+            settings = replace(settings, train_size=_EPOCH * batch, lr=(settings.lr or 0.0) / 100)
         settings = replace(settings, steps=steps, log_every=every, evaluate_every=10**6, checkpoint_every=10**6)
 
         def over(so_far: Trained) -> bool:

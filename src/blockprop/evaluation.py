@@ -135,6 +135,15 @@ class Evaluation:
         self.output = self.output.detach()
         return self
 
+    @torch.no_grad()
+    def moved(self) -> Tensor:
+        """The same function of the same input at the block's present weights; this evaluation stays what it was."""
+        weights, self.weights = self.weights, {}
+        try:
+            return self(self.input)
+        finally:
+            self.weights = weights
+
     def state(self) -> dict[str, Any]:
         """What `restored` needs, as a tree for a checkpoint: no graph."""
         return {

@@ -226,7 +226,8 @@ class LateStage:
             evaluation.at_present_weights()
         new = evaluation.with_graph().output.detach()
         if ask is not None:
-            points = self._points(old, new, gluing.direction)
+            moved = evaluation.moved() if correction.reuse else new
+            points = self._points(old, moved, gluing.direction)
             if (slopes := ask(points)) is not None:
                 self.measured(points, slopes)
         whole = gluing.direction * gluing.count
@@ -336,9 +337,8 @@ class LateStage:
     # -- curvature, measured by the blocks above
 
     def wants(self, tick: int) -> bool:
-        """Whether the curvature of the link above is to be measured in this tick; where nothing moves, it is not."""
-        moves = not self.top and not self.correction.reuse
-        return moves and self.correction.curvature.wants(self.link, self.blocks - 1, tick)
+        """Whether the curvature of the link above is to be measured in this tick."""
+        return not self.top and self.correction.curvature.wants(self.link, self.blocks - 1, tick)
 
     def _points(self, old: Tensor, new: Tensor, slope: Tensor) -> Points:
         """An eighth of the examples, at least eight: one number is measured, and a running mean is taken of it."""

@@ -43,7 +43,7 @@ def made(**settings):
         {"reuse": True, "compensation": 0.1},
         {"prediction": 1.0},
         {"cache": lambda: GluingCache(EXAMPLES, dtype=torch.float64), "refresh": 2, "along": True},
-        {"cache": lambda: GluingCache(EXAMPLES, dtype=torch.float64), "refresh": 2, "reuse": True},
+        {"cache": lambda: GluingCache(EXAMPLES, dtype=torch.float64), "reuse": True, "curvature": Secant(2)},
         {"schedule": sequential},
     ],
 )
