@@ -59,6 +59,7 @@ _LATE = {"schedule": "pipelined"}
 _STEADY = {**_LATE, "microbatches": 1}
 OWN = (
     Own("BlockProp, lock-step", _STEADY, "lock-step"),
+    Own("BlockProp, lock-step, 2 microbatches", {**_LATE, "microbatches": 2}, "lock-step", quick=False),
     Own(
         "BlockProp, lock-step, stashed", {**_STEADY, "feedback": "stashed"}, "lock-step", recomputes=False, quick=False
     ),
@@ -70,7 +71,7 @@ OWN = (
             recomputes=False,
             quick=False,
         )
-        for parts in (4, 8)
+        for parts in (2, 4, 8)
     ),
     Own("BlockProp, free-running", _LATE, "free-running"),
     Own("BlockProp, free-running, int8", {**_LATE, "messages": "int8"}, "free-running", quick=False, only_linked=True),
