@@ -91,8 +91,8 @@ class Case:
         if found := re.fullmatch(r"BlockProp, cached, E = (\d+)", method):
             return "blockprop cached", (self.cut,), {"refresh": int(found[1])}
         if found := re.fullmatch(r"BlockProp, lock-step(, stashed)?(?:, (\d+) microbatches)?", method):
-            kind, cut = ("stashed", self.cut) if found[1] else ("lock-step", self.recomputing_cut)
-            return f"blockprop {kind}", (cut,), {"parts": int(found[2] or 1)}
+            kind, at = ("stashed", self.cut) if found[1] else ("lock-step", self.recomputing_cut)
+            return f"blockprop {kind}", (at,), {"parts": int(found[2] or 1)}
         if method == "BlockProp, free-running":
             return "blockprop free-running", (self.recomputing_cut,), {}
         whole = {BASE: "one device", "DDP": "ddp"}
