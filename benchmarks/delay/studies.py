@@ -16,12 +16,13 @@ STYLES: dict[str, tuple[tuple[str, Any], ...]] = {
 }
 
 
-ALL = ("methods", "finals", "stable", "longer")
+ALL = ("methods", "finals", "stable", "longer", "cached")
+REFRESH = (2, 4, 8)
 
 
 def names(task: Task) -> list[str]:
     """The studies of a task; a brief one has the first two."""
-    without = {"stable": task.brief, "longer": not task.long}
+    without = {"stable": task.brief, "longer": not task.long, "cached": task.again is None}
     return [name for name in ALL if not without.get(name)]
 
 
@@ -39,6 +40,8 @@ def study(name: str, task: Task, outcomes: Sequence[Outcome]) -> Study | None:
             return tuning(task)
         case "stable":
             return stable(task)
+        case "cached":
+            return cached(task)
         case "finals":
             return finals(task, outcomes) if tuned else None
         case _:
@@ -111,6 +114,34 @@ def longer(task: Task, outcomes: Sequence[Outcome]) -> Study:
         seeds=(0,),
         draw=tables.draw,
         tell=tables.tell_last,
+    )
+
+
+def cached(task: Task) -> Study:
+    """Backprop and cached targets at K = 2 and 4, on examples that come again unchanged; all at one step size."""
+    assert task.again is not None
+    feedback: dict[str, dict[str, Any]] = {BACKPROP: {}}
+    for refresh in REFRESH:
+        feedback[f"cached, E = {refresh}"] = {"algorithm": "blockprop", "schedule": "cached", "refresh": refresh}
+    rows = tuple(
+        Row(
+            f"{task.title}, K = {blocks}",
+            label,
+            # backprop does not depend on K
+            replace(task.again, blocks=4 if label == BACKPROP else blocks, **settings),
+            style=STYLES.get(label, ()),
+        )
+        for blocks in (2, 4)
+        for label, settings in feedback.items()
+    )
+    return Study(
+        name=f"delay-{task.name}-cached",
+        title=f"{task.title}: cached targets",
+        about=tables.ABOUT_CACHED.format(epochs=task.again.epochs, lr=task.again.lr),
+        rows=rows,
+        seeds=(0, 1, 2),
+        draw=tables.draw,
+        tell=tables.tell_cached,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.delay.tasks import BACKPROP, Task
 from blockprop.studies.drawing import band, curves, figure_of, tidy
-from blockprop.studies.publish import markdown_table, spread
+from blockprop.studies.publish import markdown_table, percent, spread
 from blockprop.studies.study import Outcome, Study
 
 ABOUT = """
@@ -24,6 +24,13 @@ LEARNT = 0.75
 ABOUT_STABLE = """
 {steps} steps, one seed, no warm-up but the default's own. A step size is stable if the run does not diverge and its
 last validation loss, a median of three evaluations, is below {limit:.2f}, three quarters of the loss of guessing.
+"""
+
+
+ABOUT_CACHED = """
+{epochs} epochs of the same examples, step size {lr:g}. The feedback of an example is computed on its first visit and on
+every E-th after it; between them each block learns from the last one at a fresh input. For one batch in 20 it is
+computed besides, which measures the curvature.
 """
 
 
@@ -117,6 +124,29 @@ def tell_stable(study: Study, outcomes: Sequence[Outcome], task: Task) -> str:
         rows.append([method, *cells.values(), told, f"{best / theirs:g}" if best and theirs else ""])
     header = ["", *(f"{lr:g}" for lr in lrs), "largest stable", "over backprop's"]
     return markdown_table(header, rows) + "\n\nIn brackets: learnt too little."
+
+
+def tell_cached(study: Study, outcomes: Sequence[Outcome]) -> str:
+    """A table for every K, of the figures at the end on the test part."""
+    parts = []
+    for panel in study.panels:
+        members = [one for one in outcomes if one.row.panel == panel and one.summaries]
+        baseline = next((one for one in members if one.row.label == BACKPROP), None)
+        rows = []
+        for one in members:
+            behind = None if baseline is None or one is baseline else one.above(baseline, "test_accuracy")
+            rows.append(
+                [
+                    one.row.label,
+                    spread(one.values("test_accuracy"), percent),
+                    "" if behind is None else f"{100 * behind:+.2f}",
+                    spread(one.values("test_loss"), lambda value: f"{value:.4f}"),
+                    str(len(one.summaries)) + (f", {one.diverged} diverged" if one.diverged else ""),
+                ]
+            )
+        header = ["", "test accuracy %", "to backprop, points", "test loss", "seeds"]
+        parts += [f"## {panel}", markdown_table(header, rows)]
+    return "\n\n".join(parts)
 
 
 def tell_last(study: Study, outcomes: Sequence[Outcome]) -> str:

@@ -26,6 +26,8 @@ class Task:
         chance: the loss of guessing.
         lighter: a smaller momentum, or β1, that stands beside the usual one; None where there is none.
         cuts: K of the final table.
+        again: settings of the study of caches, in which the same examples come in several epochs; None where no two
+            epochs show the same.
         long: steps of the longer row, with a warm-up and cosine decay; 0 for none.
         brief: few methods and few evaluations.
     """
@@ -39,6 +41,7 @@ class Task:
     lighter: float | None = None
     cuts: tuple[int, ...] = (2, 4, 8)
     long: int = 0
+    again: Settings | None = None
     brief: bool = False
 
     @property
@@ -62,7 +65,15 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
     nesterov = {"optimizer": "nesterov", "momentum": 0.9}
     characters = math.log(65)
     found = [
-        Task("mlp", "MLP 8 x 256, MNIST, SGD", replace(mnist, steps=900), (0.05, 0.1, 0.2), nesterov, math.log(10)),
+        Task(
+            "mlp",
+            "MLP 8 x 256, MNIST, SGD",
+            replace(mnist, steps=900),
+            (0.05, 0.1, 0.2),
+            nesterov,
+            math.log(10),
+            again=replace(mnist, epochs=8, lr=0.1),
+        ),
         Task(
             "gpt",
             "GPT 6 x 96, Shakespeare, AdamW",
@@ -90,6 +101,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
             nesterov,
             math.log(10),
             lighter=0.8,
+            again=replace(cifar, epochs=8, lr=0.05, train_size=3200, augment=False),
         ),
     ]
     if quick:
@@ -101,6 +113,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
                 lrs=(),
                 cuts=(2, 4),
                 long=0,
+                again=None,
                 brief=True,
             )
             for one in found

@@ -27,6 +27,7 @@ def test_all_that_is_run_has_settings_that_go_together(task):
     made = [studies.tuning(task), studies.finals(task, outcomes)]
     made += [studies.stable(task)] if "stable" in studies.names(task) else []
     made += [studies.longer(task, outcomes)] if task.long else []
+    made += [studies.cached(task)] if task.again else []
     for study in made:
         for row in study.rows:
             row.settings.resolved()
@@ -36,7 +37,7 @@ def test_what_waits_for_step_sizes_and_what_does_not():
     task = TASKS["gpt"]
     none = [Outcome(row, None, {}, {}) for row in studies.tuning(task).rows]
     assert [name for name in studies.names(task) if studies.study(name, task, none) is None] == ["finals", "longer"]
-    assert studies.names(TASKS["mlp"]) == ["methods", "finals", "stable"]
+    assert studies.names(TASKS["mlp"]) == ["methods", "finals", "stable", "cached"]
     assert studies.names(BRIEF["mlp"]) == ["methods", "finals"]
 
 
@@ -84,3 +85,18 @@ def test_the_largest_stable_step_size(tmp_path):
     told = tables.tell_stable(study, found, task).splitlines()
     assert told[2] == "| backprop | 0.500 | 0.400 | 0.300 | 0.2 | 1 |"
     assert told[3] == "| delayed gradient | 0.600 | (2.300) | diverged | 0.05 | 0.25 |"
+
+
+def test_cached_targets_beside_backprop_seed_by_seed(tmp_path):
+    study = studies.cached(TASKS["mlp"])
+    assert [row.label for row in study.rows[:4]] == [BACKPROP, "cached, E = 2", "cached, E = 4", "cached, E = 8"]
+    assert (study.rows[5].settings.blocks, study.rows[5].settings.refresh) == (4, 2)
+
+    def found(row, accuracies):
+        summaries = {seed: {"test_accuracy": accuracy, "test_loss": 0.1} for seed, accuracy in accuracies.items()}
+        return Outcome(row, 0.1, summaries, {})
+
+    both = [found(study.rows[0], {0: 0.98, 1: 0.97}), found(study.rows[1], {1: 0.968})]
+    told = tables.tell_cached(study, both).splitlines()
+    assert told[4] == "| backprop | 97.50 ± 0.71 |  | 0.1000 ± 0.0000 | 2 |"
+    assert told[5] == "| cached, E = 2 | 96.80 | -0.20 | 0.1000 | 1 |"
