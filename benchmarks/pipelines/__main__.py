@@ -116,7 +116,7 @@ def on_link(bench: Bench, link: Link, group: dict[str, Any], results: Results, g
     peers: list[Peer] = all_peers(bench.workload, bench.facts, linked=linked, quick=given.quick)
     ours: list[Own] = own(bench.workload, linked=linked, quick=given.quick)
     asked = [one for one in (*peers, *ours) if wants(one.name, given.methods)]
-    missing = [one for one in asked if "ratio" not in rows.get(one.name, {})]
+    missing = [one for one in asked if given.again or "ratio" not in rows.get(one.name, {})]
     lacks = training.missing() if any(isinstance(one, Own) for one in missing) else None
     if lacks:
         for one in (one for one in missing if isinstance(one, Own)):
@@ -134,9 +134,9 @@ def on_link(bench: Bench, link: Link, group: dict[str, Any], results: Results, g
             [one for one in missing if isinstance(one, Own)],
             link,
         )
-        for name, found in fresh.items():
-            if name not in rows or "ratio" not in rows[name]:
-                rows[name] = report.row(bench.workload.name, link.speed.name, name, found)
+        for name in (one.name for one in missing):
+            made = report.row(bench.workload.name, link.speed.name, name, fresh[name])
+            rows[name] = report.with_quality_of(made, rows.get(name, {}))
         order = [one.name for one in (*peers, *ours)]
         group["rows"] = rows = {name: rows[name] for name in order if name in rows}
         finish(results, given)
@@ -200,6 +200,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--links", nargs="+", choices=links, help="default: all; with --quick without the fast one")
     parser.add_argument("--rounds", type=int, help="default: 3, with --quick 2")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the curves; default: 0 1 2, with --quick 0")
+    parser.add_argument("--again", action="store_true", help="measure speed anew where it is known; curves stay")
     parser.add_argument("--no-curves", action="store_true", help="speed alone: train nothing to quality")
     given = parser.parse_args()
     given.command = shlex.join(["python", "-m", "benchmarks.pipelines", *_told_apart(sys.argv[1:])])

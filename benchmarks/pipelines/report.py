@@ -83,6 +83,14 @@ def with_quality(made: Row, examples: Sequence[float], mark: str = "") -> Row:
     return made
 
 
+def with_quality_of(made: Row, before: Row) -> Row:
+    """The row with the examples to Q that an earlier measurement of it had, if it had any."""
+    if "examples" not in before or "ratio" not in made:
+        return made
+    examples = [math.inf if one is None else one for one in before["examples"]]
+    return with_quality({**made, **{key: before[key] for key in ("lr",) if key in before}}, examples, before["mark"])
+
+
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return values[0], values[0]
