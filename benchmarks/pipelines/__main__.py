@@ -141,7 +141,7 @@ def on_link(bench: Bench, link: Link, group: dict[str, Any], results: Results, g
         group["rows"] = rows = {name: rows[name] for name in order if name in rows}
         finish(results, given)
     wanted = results.known["quality"].get(bench.workload.name)
-    if wanted is None:
+    if wanted is None or given.no_curves:
         return
     for one in asked:
         if "ratio" in rows.get(one.name, {}) and "examples" not in rows[one.name]:
