@@ -1,5 +1,6 @@
 """The pipeline simulated tick by tick, against the exact form, a literal simulation, and itself resumed."""
 
+import copy
 import itertools
 import math
 
@@ -280,6 +281,39 @@ def test_curvatures_in_proportion_to_slopes_are_found():
     curvature.measure(0, way, 0.7 * norms[:, None, None] * way, slope)
     assert torch.allclose(curvature.at(0, slope), 0.7 * norms[:, None, None], rtol=1e-5)
     assert torch.allclose(PerExample(Constant(2.0)).at(0, slope), 2 * norms[:, None, None], rtol=1e-5)
+
+
+def test_a_microbatch_that_no_update_came_between_is_not_evaluated_again():
+    """Of two microbatches one is late by an update, the other by none: the numbers are those of two passes for both."""
+    forwards = []
+
+    class Counting(nn.Linear):
+        def forward(self, inputs):
+            forwards.append(len(inputs))
+            return super().forward(inputs)
+
+    model = network()
+    model[0] = Counting(6, 12, dtype=torch.float64)
+    again = copy.deepcopy(model)
+    _, _, weights = trained(PipelinedExecutor(microbatches=2), 2, model)
+    # 24 microbatches, 12 of them late, and the first on time, of which nothing was known yet
+    assert len(forwards) == 24 + 12 + 1
+
+    class Forgetful(dict):
+        def get(self, *_):
+            return False
+
+    executor = PipelinedExecutor(microbatches=2)
+    algo = trainer(executor, 2, again)
+    executor._furnish(algo.stages)
+    executor._lates[0]._still = Forgetful()
+    forwards.clear()
+    torch.manual_seed(3)
+    for x, y in data():
+        algo.step(x, y)
+    algo.finish()
+    assert len(forwards) == 48
+    assert torch.equal(flat(algo.blocks.model.parameters()), weights)
 
 
 @pytest.mark.parametrize("reuse", [False, True])

@@ -188,3 +188,15 @@ def test_layers_that_do_not_fit_each_other_are_named():
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(ValueError, match=r"layer '2' \(Linear\) does not take an input of shape \[3, 5\]"):
         blockprop.split(model, 2, sample=torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("passes", [[1.0], [1.0, 0.0], [1.0, float("inf")]])
+def test_bad_numbers_of_passes(passes):
+    with pytest.raises(ValueError, match="passes is .* for 2 blocks; expected as many positive numbers"):
+        blockprop.split(mlp(depth=4), 2, passes=passes)
+
+
+def test_a_block_of_more_passes_has_fewer_layers():
+    model = mlp(depth=7, width=8, inputs=8, classes=8)
+    lower, upper = blockprop.split(model, 2, by="layers", passes=[4, 3])
+    assert (len(lower), len(upper)) == (6, 7)  # three layers of two modules, and four of which the last has one

@@ -1,8 +1,8 @@
 """A stage of a pipeline: what it has on its way, and what it does with feedback that comes late.
 
 A batch's *flight* is the stage's evaluation of it, from the forward pass until the feedback is back. The stage then
-evaluates the same batch again at its present weights, with the same dropout masks, and takes its gradient there,
-against the target that the feedback makes of the output it had sent (`TargetTerm`).
+evaluates the same batch again at its present weights, with the same dropout masks, unless they are what they were; and
+takes its gradient there, against the target that the feedback makes of the output it had sent (`TargetTerm`).
 
 One late stage serves the simulation of a pipeline in one process and the runtime with a process for every block:
 whoever runs it moves the messages.
@@ -113,6 +113,7 @@ class LateStage:
         blocks: K.
         correction: what is made of late feedback.
         updates: how many updates the block will make until feedback is back, as far as is known beforehand.
+        parts: M, microbatches of a batch.
         cache: feedback by example, of the link above; None for none.
     """
 
@@ -123,15 +124,19 @@ class LateStage:
         correction: Correction,
         *,
         updates: float = 0.0,
+        parts: int = 1,
         cache: GluingCache | None = None,
     ) -> None:
         self.stage = stage
         self.blocks = blocks
         self.correction = correction
         self.updates = updates
+        self.parts = parts
         self.cache = cache
         self.flights: dict[int, Evaluation] = {}
-        self._sent: dict[int, int] = {}
+        self._sent: dict[int, tuple[int, int]] = {}  # by flight: the tick, and the block's version
+        # by place in the batch: whether no update came between forward and backward last time; a schedule repeats
+        self._still: dict[int, bool] = {}
         self._count = 1.0  # predictions per example, of the latest feedback
         self._velocity: list[Tensor] = []  # running mean of the updates
         self._fresh = False  # a gradient that is not yet used
@@ -171,9 +176,9 @@ class LateStage:
         """
         now = self.top or quiet
         weights = None if now else self._weights()
-        keep = now or self.correction.reuse
+        keep = now or self.correction.reuse or self._still.get(number % self.parts, False)
         evaluation = self.stage.forward(inputs, keep_graph=keep, repeatable=True, weights=weights)
-        self.flights[number], self._sent[number] = evaluation, tick
+        self.flights[number], self._sent[number] = evaluation, (tick, self.version)
         return evaluation.output.detach()
 
     def learn_top(
@@ -218,11 +223,13 @@ class LateStage:
             ask: whom to ask for slopes, where the curvature wants to be measured now; None for nobody.
             ids: the examples' numbers; the feedback is then kept in the cache.
         """
-        evaluation, sent = self.flights.pop(number), self._sent.pop(number)
+        evaluation, (sent, version) = self.flights.pop(number), self._sent.pop(number)
         correction = self.correction
+        # at the weights that it was evaluated with, it need not be evaluated again
+        still = self._still[number % self.parts] = version == self.version and not evaluation.weights
         self._fresh = True
         old = evaluation.output.detach()
-        if not correction.reuse:
+        if not correction.reuse and not still:
             evaluation.at_present_weights()
         new = evaluation.with_graph().output.detach()
         if ask is not None:
@@ -396,7 +403,7 @@ class LateStage:
         """What is on its way: a tree for a checkpoint. The curvature and the stage have their own."""
         return {
             "flights": [[number, evaluation.state()] for number, evaluation in self.flights.items()],
-            "sent": [[number, tick] for number, tick in self._sent.items()],
+            "sent": [[number, *sent] for number, sent in self._sent.items()],
             "velocity": list(self._velocity),
             "fresh": self._fresh,
             "count": self._count,
@@ -412,7 +419,8 @@ class LateStage:
             )
             for number, saved in state["flights"]
         }
-        self.flights, self._sent = restored, dict(state["sent"])
+        self.flights = restored
+        self._sent = {number: (tick, version) for number, tick, version in state["sent"]}
         self._velocity, self._fresh, self._count = state["velocity"], state["fresh"], state["count"]
         if self.cache is not None and state["cache"] is not None:
             self.cache.load_state_dict(state["cache"])

@@ -183,6 +183,22 @@ def pipelined(
         yield tuple(actions)
 
 
+def delay(blocks: int, k: int, microbatches: int = 1) -> float:
+    """How many updates block k makes between its forward and its backward, in the lock-step pipeline once it is full.
+
+    Below 1 it is the share of the microbatches that an update comes between; there is none for the others.
+
+    Args:
+        blocks: K.
+        k: the block, from 1.
+        microbatches: M.
+
+    >>> [delay(4, k) for k in (1, 2, 3, 4)], delay(2, 1, microbatches=2)
+    ([5.0, 3.0, 1.0, 0.0], 0.5)
+    """
+    return max(0, 2 * (blocks - k) - 1) / microbatches
+
+
 def delays(ticks: Iterator[Tick], blocks: int, count: int) -> list[list[int]]:
     """How many updates a block made between its forward and its backward of a batch, in a schedule's first ticks.
 

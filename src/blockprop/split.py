@@ -1,5 +1,6 @@
 """Cut a network into K consecutive blocks: balanced by cost, evenly by layers, or at names."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -21,7 +22,7 @@ def split(
     at: Sequence[str] | None = None,
     by: SplitBy = "flops",
     sample: Tensor | None = None,
-    evaluates_again: bool = False,
+    passes: Sequence[float] | None = None,
 ) -> Blocks:
     """Cut a model into K consecutive blocks.
 
@@ -36,8 +37,8 @@ def split(
         by: what is balanced: "flops" (default; counted on `sample`, so the cut is the same every time), "time"
             (measured on `sample`, forward and backward), or "layers" (their number). The largest block is made
             as cheap as possible, then the blocks as even as possible.
-        evaluates_again: count four passes for every block but the last, which has three: in a pipeline with a process
-            for every block they evaluate a batch again when its feedback comes. Default False, three for all.
+        passes: how many passes over a batch each block makes, K numbers: in a pipeline with a process for every block
+            those below the last may evaluate a batch again when its feedback comes. Default None, all alike.
         sample: an input batch, shape [N, ...]. Without one, "flops" counts weights instead, which is the same
             for fully connected layers; for anything else a warning asks for one.
 
@@ -98,10 +99,16 @@ def split(
     per_unit = [sum(costs[start:end]) for start, end in zip(units, ends, strict=True)]
     if unit == "layers":
         per_unit = [1.0] * len(units)
-    passes = [4.0] * (blocks - 1) + [3.0] if evaluates_again else [1.0] * blocks
-    firsts = balanced(per_unit, passes)
+    firsts = balanced(per_unit, _passes(passes, blocks))
     block_costs = [sum(per_unit[start:end]) for start, end in zip(firsts, [*firsts[1:], len(units)], strict=True)]
     return _cut(model, layers, [units[first] for first in firsts], unit, block_costs)
+
+
+def _passes(given: Sequence[float] | None, blocks: int) -> Sequence[float]:
+    found = [1.0] * blocks if given is None else given
+    if len(found) != blocks or not all(0 < each < math.inf for each in found):
+        raise ValueError(f"passes is {list(found)} for {blocks} blocks; expected as many positive numbers")
+    return found
 
 
 def layers_of(model: nn.Sequential) -> list[tuple[str, nn.Module]]:

@@ -84,6 +84,12 @@ def test_a_slow_link_is_the_limit(method):
         assert seconds(layers, alike(2, Link(1)), method) == pytest.approx(8, rel=0.02)
 
 
+def test_half_of_two_microbatches_have_a_second_forward_pass():
+    """At the cut (0, 1) the lower block has 3.5 s of a batch in ticks of half a batch, the upper one 3."""
+    found = seconds([layer()] * 2, alike(2), "blockprop lock-step", cut=[0, 1], parts=2)
+    assert found == pytest.approx(3.5 * seconds([layer()] * 2, alike(2), "blockprop stashed", parts=2) / 3, rel=0.05)
+
+
 def test_stashed_weights_spare_the_second_forward_pass():
     """Three passes on either side: 3 s for a layer, and an even cut."""
     assert seconds([layer()] * 2, alike(2), "blockprop stashed") == pytest.approx(3, rel=1e-4)

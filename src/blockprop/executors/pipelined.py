@@ -20,7 +20,7 @@ from blockprop.executors.executor import LinkReport, StepReport, check_finite
 from blockprop.executors.mail import LocalMail, Mail, Remote
 from blockprop.latestage import Correction, LateStage, Learnt
 from blockprop.losses import OutputLoss
-from blockprop.schedules import Action, Latency, Tick, pipelined
+from blockprop.schedules import Action, Latency, Tick, delay, pipelined
 from blockprop.stage import Stage
 
 __all__ = ["PipelinedExecutor", "check_form"]
@@ -188,7 +188,8 @@ class PipelinedExecutor:
                 stage,
                 blocks,
                 self.correction,
-                updates=max(0, 2 * (blocks - stage.index) - 1) / self.microbatches,
+                updates=delay(blocks, stage.index, self.microbatches),
+                parts=self.microbatches,
                 cache=self.cache() if self.cache is not None and stage.index < blocks else None,
             )
             for stage in stages

@@ -42,8 +42,7 @@ def cut_of(settings: Settings, model: nn.Sequential, sample: Tensor) -> Blocks:
     """The network, cut."""
     if settings.split_at:
         return split(model, at=settings.split_at)
-    again = settings.evaluates_again
-    return split(model, settings.blocks, by=settings.split_by, sample=sample, evaluates_again=again)
+    return split(model, settings.blocks, by=settings.split_by, sample=sample, passes=settings.passes)
 
 
 def trainer_of(settings: Settings, blocks: Blocks, dataset: Dataset, **more: Any) -> BlockProp | Backprop:

@@ -13,6 +13,7 @@ from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
 from blockprop.models.catalogue import sizes
 from blockprop.penalties import Huber, Penalty, Squared
+from blockprop.schedules import delay
 from blockprop.split import SplitBy
 
 __all__ = ["BLOCKPROP_ONLY", "Settings"]
@@ -378,10 +379,12 @@ class Settings:
         )
 
     @property
-    def evaluates_again(self) -> bool:
-        """Whether the blocks below the last evaluate every batch twice, each in a process of its own."""
-        late = self.who_does_what == "pipelined" and self.feedback != "stashed"
-        return late and self.executor == "processes"
+    def passes(self) -> list[float] | None:
+        """Passes over a batch that each block makes in a process of its own; None where all make three."""
+        if self.executor != "processes" or self.who_does_what != "pipelined" or self.feedback == "stashed":
+            return None
+        blocks = self.blocks
+        return [3 + min(1.0, delay(blocks, k, self.parts or 1)) for k in range(1, blocks + 1)]
 
     def _threads(self, blocks: int) -> int:
         """All cores, shared among the processes."""

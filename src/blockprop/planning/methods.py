@@ -11,6 +11,7 @@ from typing import Literal
 
 from blockprop.planning.costs import Layer
 from blockprop.planning.events import Message, Ordered, Program, Step, Task
+from blockprop.schedules import delay
 
 __all__ = ["Block", "free_running", "gpipe", "lock_step", "one_f_one_b", "streaming", "zero_bubble"]
 
@@ -181,11 +182,13 @@ def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> lis
     Args:
         blocks: all blocks.
         parts: M, one update for so many microbatches.
-        again: whether a block evaluates a batch again when its feedback has come; not with stashed weights.
+        again: whether a block evaluates a microbatch again when its feedback has come, if an update came between; not
+            with stashed weights.
     """
 
     def steps(k: int) -> Iterator[Step]:
         block, top = blocks[k], k == len(blocks) - 1
+        twice = min(1.0, delay(len(blocks), k + 1, parts)) if again else 0.0
         for tick in itertools.count():
             needs: tuple[Hashable, ...] = ()
             if tick:
@@ -198,7 +201,7 @@ def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> lis
                 yield Step(needs, Task(block.forward + block.backward, down))
                 yield Step((), Task(update, (), last))
             else:
-                yield Step(needs, Task(again * block.forward + block.backward, down))
+                yield Step(needs, Task(twice * block.forward + block.backward, down))
                 yield Step((), Task(update, (), last))
                 yield Step((), Task(block.forward, (Message(k + 1, ("up", tick), block.sent),)))
 

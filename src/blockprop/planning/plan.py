@@ -11,6 +11,7 @@ from blockprop.planning.costs import Layer
 from blockprop.planning.events import Program, simulate
 from blockprop.planning.methods import Block
 from blockprop.planning.partition import partition
+from blockprop.schedules import delay
 
 __all__ = ["METHODS", "SYNCHRONOUS", "Prediction", "Setting", "no_faster", "plan"]
 
@@ -179,13 +180,13 @@ def _cut(
     parts: int,
     examples: float,
     *,
-    again: bool = False,
+    again: float = 0.0,
     spared: float = 0.0,
 ) -> list[int]:
     """The cut for batches of so many parts.
 
-    `again`: blocks below the top have two forward passes; `spared` is the share of the batches in which a block
-    spares the gradient in its own input.
+    `again` is the share of the batches that blocks below the top evaluate twice; `spared` is the share of those in
+    which a block spares the gradient in its own input.
     """
     passes = [layer.at(examples) for layer in layers]
     below, top, inward = [], [], []
@@ -223,7 +224,8 @@ def _zero_bubble(layers: Sequence[Layer], cluster: Cluster, setting: Setting, na
 
 def _lock_step(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, given: Cut) -> Prediction:
     examples, again = setting.batch_size / setting.parts, name != "blockprop stashed"
-    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=again)
+    share = min(1.0, delay(len(cluster), 1, setting.parts)) if again else 0.0  # of the first block, which has most
+    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=share)
     programs = methods.lock_step(_blocks(layers, cut, examples), setting.parts, again=again)
     return _simulated(name, programs, cluster, setting, cut, 24)
 
@@ -238,7 +240,7 @@ def _batches(cluster: Cluster, setting: Setting) -> int:
 
 def _free_running(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, given: Cut) -> Prediction:
     examples = setting.batch_size / setting.parts
-    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=True)
+    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=1.0)
     programs = methods.free_running(_blocks(layers, cut, examples), setting.parts, setting.window)
     return _simulated(name, programs, cluster, setting, cut, _batches(cluster, setting))
 

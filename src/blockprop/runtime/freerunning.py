@@ -16,6 +16,7 @@ from blockprop.latestage import Correction, LateStage, Learnt, Points
 from blockprop.runtime.mail import feedback_message, gluing_of, output_message, output_of
 from blockprop.runtime.message import Message
 from blockprop.runtime.neighbours import Neighbours
+from blockprop.schedules import delay
 from blockprop.stage import Stage
 
 __all__ = ["FreeRunningExecutor"]
@@ -134,7 +135,7 @@ class FreeRunningExecutor:
             check_form(stages)
             place = self.remote.place
             cache = None if self.cache is None or place.top else self.cache()
-            updates = max(0, 2 * (place.blocks - place.block) - 1)
+            updates = delay(place.blocks, place.block)
             stage = stages[place.block - 1]
             self._late = LateStage(stage, place.blocks, self.correction, updates=updates, cache=cache)
         return self._late
