@@ -91,7 +91,8 @@ class Case:
         if found := re.fullmatch(r"BlockProp, cached, E = (\d+)", method):
             return "blockprop cached", (self.cut,), {"refresh": int(found[1])}
         if found := re.fullmatch(r"BlockProp, lock-step(, stashed)?(?:, (\d+) microbatches)?", method):
-            kind, at = ("stashed", self.cut) if found[1] else ("lock-step", self.recomputing_cut)
+            kind = "stashed" if found[1] else "lock-step"
+            at = self.cut if found[1] or found[2] else self.recomputing_cut
             return f"blockprop {kind}", (at,), {"parts": int(found[2] or 1)}
         if method == "BlockProp, free-running":
             return "blockprop free-running", (self.recomputing_cut,), {}
