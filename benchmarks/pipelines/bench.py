@@ -19,6 +19,7 @@ from blockprop.experiments.settings import Settings
 
 Say = Callable[[str], None]
 _FIRST_STEPS, _EPOCH = 12, 16
+_TOGETHER = 4  # methods between two turns of one thread
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Bench:
     def rounds(self, peers: Sequence[Peer], own: Sequence[Own], link: Link) -> dict[str, dict[str, Any]]:
         """Every method in turn, round after round; a method that fails once is left out of later rounds.
 
+        One thread has a turn after every few methods, since all are compared with it: to its median in the round.
+
         Returns:
             For each: samples/s and the ratio to one thread in every round, memory, bytes; or what went wrong.
         """
@@ -75,7 +78,8 @@ class Bench:
         for turn in range(self.extent.rounds):
             first = turn % len(order)
             rates: dict[str, float] = {}
-            for name in order[first:] + order[:first]:
+            base: list[float] = []
+            for name in _often(order[first:] + order[:first]):
                 if "failed" in found[name]:
                     continue
                 self._say(f"{self.workload.name}, {link.speed.title}, round {turn + 1}: {name}")
@@ -85,9 +89,11 @@ class Bench:
                     found[name]["failed"] = str(error).splitlines()[0]
                     continue
                 rates[name] = answer.pop("rate")
+                base += [rates[name]] * (name == BASE)
                 found[name] |= answer
-            if BASE not in rates:
+            if not base:
                 raise FailedError(f"{BASE}: {found[BASE].get('failed')}")
+            rates[BASE] = statistics.median(base)
             for name, rate in rates.items():
                 found[name]["rates"].append(rate)
                 found[name]["ratios"].append(rate / rates[BASE])
@@ -196,6 +202,17 @@ class Bench:
         reached = [examples_to(curve, wanted) for curve in curves]
         whole = self.workload.budget * self.workload.batch  # one that is not there at the end counts as there then
         return wanted, statistics.fmean(min(seen, whole) for seen in reached)
+
+
+def _often(names: Sequence[str]) -> list[str]:
+    """The names with the one of one thread after every few of the others.
+
+    >>> _often(["ours", "one thread", "DDP"])
+    ['ours', 'DDP', 'one thread']
+    """
+    others = [name for name in names if name != BASE]
+    groups = [others[at : at + _TOGETHER] for at in range(0, len(others), _TOGETHER)] or [[]]
+    return [name for group in groups for name in (*group, BASE)]
 
 
 def own_flags(workload: Workload, own: Own, settings: Settings) -> list[str]:
