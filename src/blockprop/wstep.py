@@ -82,9 +82,12 @@ class WStep:
             if gradient.data_ptr() in seen or not gradient.is_contiguous():
                 gradient = gradient.clone(memory_format=torch.contiguous_format)  # noqa: PLW2901
             seen.add(gradient.data_ptr())
-            if divisor != 1:
-                gradient = gradient / divisor  # noqa: PLW2901
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            if parameter.grad is None:
+                parameter.grad = gradient if divisor == 1 else gradient / divisor
+            else:
+                # one new tensor of the weights' size, which is what a microbatch costs most; never in place: others
+                # hold the sum as it was, to put it back or to subtract it
+                parameter.grad = torch.add(parameter.grad, gradient, alpha=1 / divisor)
 
     def update(self) -> None:
         """Clip, step the optimizer and the scheduler, forget the gradients; on every `accumulate`-th call."""
