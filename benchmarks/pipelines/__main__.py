@@ -61,7 +61,7 @@ class Results:
 def measure(workload: Workload, speeds: Sequence[Speed], results: Results, given: argparse.Namespace) -> None:
     """All that is missing of a workload."""
     known = results.known
-    extent = Extent(given.rounds or (2 if given.quick else 3), 0.7 if given.quick else 1.5, given.seeds)
+    extent = Extent(given.rounds or (2 if given.quick else 3), 0.7 if given.quick else 2.0, given.seeds)
     with Bench(workload, extent, say) as bench:
         known["facts"][workload.name] = {**bench.facts, "cut": workload.cut, "batch": workload.batch}
         check(bench, results, given)
@@ -139,6 +139,7 @@ def on_link(bench: Bench, link: Link, group: dict[str, Any], results: Results, g
             rows[name] = report.with_quality_of(made, rows.get(name, {}))
         order = [one.name for one in (*peers, *ours)]
         group["rows"] = rows = {name: rows[name] for name in order if name in rows}
+        group["measured"] = report.made_on()
         finish(results, given)
     wanted = results.known["quality"].get(bench.workload.name)
     if wanted is None or given.no_curves:

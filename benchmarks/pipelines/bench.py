@@ -73,12 +73,13 @@ class Bench:
             one.name: lambda one=one: self._turn(one, link.places) for one in peers
         }
         for one in own:
-            turns[one.name] = lambda one=one: self._own_turn(one, link.places, found[one.name]["rates"])
+            turns[one.name] = lambda one=one: self._own_turn(one, link.places, found[one.name]["rates"], base)
         order = list(turns)
+        base: list[float] = []
         for turn in range(self.extent.rounds):
             first = turn % len(order)
             rates: dict[str, float] = {}
-            base: list[float] = []
+            base.clear()
             for name in _often(order[first:] + order[:first]):
                 if "failed" in found[name]:
                     continue
@@ -128,10 +129,21 @@ class Bench:
             "wire": None if None in wire else wire,
         }
 
-    def _own_turn(self, own: Own, places: Sequence[Place], before: Sequence[float]) -> dict[str, Any]:
-        """Only the first turn goes to the run's end, where it tells bytes and memory; later ones end with training."""
+    def _own_turn(
+        self, own: Own, places: Sequence[Place], before: Sequence[float], base: Sequence[float]
+    ) -> dict[str, Any]:
+        """Only the first turn goes to the run's end, where it tells bytes and memory; later ones end with training.
+
+        Args:
+            own: the row.
+            places: of its processes.
+            before: its samples/s so far.
+            base: those of one thread, by which the first turn's length is chosen.
+        """
         batch = self.workload.batch
-        steps = max(_FIRST_STEPS, round(self.extent.seconds * before[-1] / batch)) if before else _FIRST_STEPS
+        # the first quarter of the steps is not counted
+        seconds = 4 / 3 * self.extent.seconds
+        steps = max(_FIRST_STEPS, round(seconds * (before or base or [0.0])[-1] / batch))
         settings, every = self.workload.settings, max(1, steps // 4)
         if refresh := own.flags.get("refresh"):
             # rows of metrics at whole cycles of refreshes, in epochs short enough to have two of them

@@ -139,7 +139,7 @@ def page(results: Mapping[str, Any], titles: Mapping[str, str], command: str) ->
     """The README."""
     parts = [
         "# Pipelines",
-        f"    {command}\n\n{_made_on()}",
+        f"    {command}\n\n{made_on()}",
         "![Speed and time to quality](pipelines.png)",
         ABOUT.strip(),
     ]
@@ -157,6 +157,8 @@ def page(results: Mapping[str, Any], titles: Mapping[str, str], command: str) ->
                 parts.append(
                     f"Q = {wanted['level']:.4f}, which backprop reaches after {wanted['examples']:.0f} examples."
                 )
+            if group.get("measured"):
+                parts.append(f"Measured with {group['measured']}")
             if group.get("link"):
                 parts.append(f"The link's program: {group['link']}.")
             parts.append(table(HEAD, [cells(made) for made in group["rows"].values()]))
@@ -213,7 +215,8 @@ def _traffic(results: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]
     ] * bool(lines)
 
 
-def _made_on() -> str:
+def made_on() -> str:
+    """Versions, machine and date, in a sentence: of the page, and of a table when its rows were last measured."""
     versions = f"blockprop {blockprop.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -172,13 +172,14 @@ def test_a_page_with_a_measured_a_failed_and_a_skipped_part(tmp_path):
         "facts": {"mlp3": FACTS},
         "verified": {"mlp3": {"DDP": 1e-15, "ZBV, 2": "failed: x"}},
         "quality": {"mlp3": {"level": 0.5, "examples": 1000.0}},
-        "groups": {"mlp3/loopback": {"rows": rows}, "mlp3/slow": {"skipped": "needs root"}},
+        "groups": {"mlp3/loopback": {"rows": rows, "measured": "a Z80"}, "mlp3/slow": {"skipped": "needs root"}},
     }
     report.write(results, {"mlp3": "An MLP"}, tmp_path, "python -m benchmarks.pipelines")
     page = (tmp_path / "README.md").read_text()
     assert "not measured: not done in 3 s" in page
     assert "Not measured: the emulated link needs root." in page
     assert "**more than DDP**" in page
+    assert "Measured with a Z80" in page
     assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["ratio"] == 1.0
 
 
