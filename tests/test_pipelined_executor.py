@@ -368,3 +368,13 @@ def test_the_links_take_turns():
 def test_bad_curvatures(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_microbatches_between_two_updates_share_one_copy_of_the_weights():
+    executor = PipelinedExecutor(microbatches=4, reuse=True)
+    algo = trainer(executor, K=2)
+    for x, y in data(3):
+        algo.step(x, y)
+    (flights, versions) = executor._lates[0].flights, executor._lates[0]._sent
+    copies = {(versions[number][1], id(next(iter(one.weights.values())))) for number, one in flights.items()}
+    assert len(flights) > len(copies) == len({version for version, _ in copies})

@@ -139,6 +139,7 @@ class LateStage:
         self._still: dict[int, bool] = {}
         self._count = 1.0  # predictions per example, of the latest feedback
         self._velocity: list[Tensor] = []  # running mean of the updates
+        self._copy: tuple[int, dict[str, Tensor]] | None = None  # the weights to forward with, and since which update
         self._fresh = False  # a gradient that is not yet used
         self._latest: tuple[Evaluation, UpperTerm | Tensor] | None = None  # what was learnt from last
 
@@ -318,11 +319,16 @@ class LateStage:
         reuse, ahead = self.correction.reuse, self.correction.prediction * self.updates
         if not reuse and not (ahead and self._velocity):
             return None
+        if self._copy is not None and self._copy[0] == self.version:
+            return self._copy[1]  # microbatches between two updates share one
         own = {name: p for name, p in self.stage.block.named_parameters() if p.requires_grad}
         if not (ahead and self._velocity):
-            return {name: p.detach().clone().requires_grad_() for name, p in own.items()}
-        moved = zip(own.items(), self._velocity, strict=True)
-        return {name: torch.add(p.detach(), step, alpha=ahead).requires_grad_(reuse) for (name, p), step in moved}
+            made = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+        else:
+            moved = zip(own.items(), self._velocity, strict=True)
+            made = {name: torch.add(p.detach(), step, alpha=ahead).requires_grad_(reuse) for (name, p), step in moved}
+        self._copy = self.version, made
+        return made
 
     @torch.no_grad()
     def _compensate(self, before: list[Tensor | None], stashed: list[Tensor]) -> None:

@@ -1,13 +1,16 @@
 """Every method on networks whose times can be counted by hand."""
 
 import itertools
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
 
 from blockprop.planning.cluster import Cluster, Link
 from blockprop.planning.costs import Layer, Passes
+from blockprop.planning.methods import folded
 from blockprop.planning.plan import METHODS, SYNCHRONOUS, Setting, no_faster, plan
 from blockprop.schedules import pipelined
 
@@ -207,3 +210,20 @@ def test_mistakes(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+@pytest.mark.parametrize("microbatches", [1, 2, 4, 9])
+def test_the_order_of_zbv_is_that_of_torch(devices, microbatches):
+    theirs = ScheduleZBVZeroBubble.__new__(ScheduleZBVZeroBubble)
+    theirs.pp_group_size, theirs.num_stages, theirs._n_microbatches = devices, 2 * devices, microbatches
+    names = {"FORWARD": "F", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+    for k in range(devices):
+        done, ours = Counter(), []
+        for kind, half in folded(k, devices, microbatches):
+            ours.append((kind, 2 * devices - 1 - k if half else k, done[kind, half]))
+            done[kind, half] += 1
+        wanted = [one for one in theirs._calculate_single_rank_operations(k) if one is not None]
+        assert [one for one in ours if one[2] < microbatches] == [
+            (names[one.computation_type.name], one.stage_index, one.microbatch_index) for one in wanted
+        ]

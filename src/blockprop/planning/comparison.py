@@ -60,8 +60,13 @@ class Case:
     recomputing_cut: int
     four: tuple[int, int, int]
 
-    def predict(self, method: str, link: Link) -> float | None:
+    def predict(self, method: str, link: Link, speed: float = 1.0) -> float | None:
         """Samples per second of a method by its name in the measurement; None for one that the planner has not.
+
+        Args:
+            method: its name.
+            link: between the two.
+            speed: of both devices, default that of the thread which the layers were measured on.
 
         Known are "one thread", "two independent copies", "two halves apart, 3 passes below" (or 4), "DDP",
         "GPipe, M", "1F1B, M", "ZBV, M", "1F1B, 8 x 128" for 8 batches at a time, "BlockProp, lock-step",
@@ -69,16 +74,16 @@ class Case:
         "BlockProp, cached, E = 2".
         """
         if method == "two independent copies":
-            one = self.predict(BASE, link)
+            one = self.predict(BASE, link, speed)
             return None if one is None else 2 * one / self.contention
         if found := re.fullmatch(r"two halves apart, ([34]) passes below", method):
-            return self._halves(again=found[1] == "4")
+            return speed * self._halves(again=found[1] == "4")
         request = self._request(method)
         if request is None:
             return None
         name, cut, changes = request
         setting = replace(Setting(self.batch_size, microbatches=1), **changes)
-        cluster = Cluster((1.0, 1.0), link, self.contention)
+        cluster = Cluster((speed, speed), link, self.contention)
         return plan(self.layers, cluster, setting, [name], (0, *cut))[0].samples_per_second
 
     def _request(self, method: str) -> tuple[str, tuple[int, ...], dict[str, int]] | None:
@@ -115,19 +120,20 @@ def compare(
 
     Args:
         rows: each with "workload", "method", "link" and "samples_per_second", as `benchmarks.pipelines` leaves them; a
-            row "one thread" for every workload, on any link.
+            row "one thread" for every workload, measured with the link's rows or else on any link.
         cases: by the workload's name.
         links: by the link's name.
 
     Raises:
         ValueError: a row without one of the four, or a workload without a row "one thread".
     """
-    base: dict[str, float] = {}
+    base: dict[str, float] = {}  # by workload, and by workload and link
     for row in rows:
         if missing := {"workload", "method", "link", "samples_per_second"} - row.keys():
             raise ValueError(f"a row has no {min(missing)!r}; expected workload, method, link and samples_per_second")
         if row["method"] == BASE:
             base.setdefault(row["workload"], row["samples_per_second"])
+            base[f"{row['workload']}/{row['link']}"] = row["samples_per_second"]
     found = []
     for row in rows:
         name, method, link = row["workload"], row["method"], row["link"]
@@ -135,7 +141,11 @@ def compare(
             continue
         if name not in base:
             raise ValueError(f"workload {name!r} has no row {BASE!r} to compare with; expected one on any link")
-        predicted, one = (cases[name].predict(each, links[link]) for each in (method, BASE))
-        if predicted is not None and one is not None:
-            found.append(Comparison(name, method, link, row["samples_per_second"] / base[name], predicted / one))
+        measured, one = base.get(f"{name}/{link}", base[name]), cases[name].predict(BASE, links[link])
+        assert one is not None
+        # layers measured one by one may be faster than in training, by what the caches then lack: one thread's row
+        # says how fast a device really is beside the link
+        predicted = cases[name].predict(method, links[link], measured / one)
+        if predicted is not None:
+            found.append(Comparison(name, method, link, row["samples_per_second"] / measured, predicted / measured))
     return found

@@ -49,6 +49,8 @@ class Layer:
         update: a step of the optimizer, in seconds.
         output_bytes: of one example's output.
         weight_bytes: of its weights.
+        taken: seconds of scaling a microbatch's gradient and adding it to the others', on average; default 0.
+        copied: seconds of copying its weights, as stashing does; default 0.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Layer:
     update: float
     output_bytes: float
     weight_bytes: float
+    taken: float = 0.0
+    copied: float = 0.0
 
     def at(self, examples: float) -> Passes:
         """The passes on so many examples: between two measured sizes on a straight line.
@@ -126,7 +130,7 @@ def measure_layers(
     with torch.random.fork_rng(devices=[]):
         _walk(chain, inputs)
         rounds = [{size: _walk(chain, inputs[:size]) for size in sizes} for _ in range(repeats)]
-        updates = _updates(chain, repeats, optimizer or (lambda weights: torch.optim.SGD(weights, lr=1e-6)))
+        on_weights = _on_weights(chain, repeats, optimizer or (lambda weights: torch.optim.SGD(weights, lr=1e-6)))
     found = {
         size: [
             Passes(*map(_low, zip(*(astuple(one[size][index]) for one in rounds), strict=True)))
@@ -135,19 +139,21 @@ def measure_layers(
         for size in sizes
     }
 
-    def of_kind(kind: int) -> tuple[dict[int, Passes], float]:
+    def of_kind(kind: int) -> tuple[dict[int, Passes], list[float]]:
         at = [position for position, index in enumerate(chosen) if kinds[index] == kind]
         passes = {
             size: Passes(*map(statistics.fmean, zip(*(astuple(rows[i]) for i in at), strict=True)))
             for size, rows in found.items()
         }
-        return passes, statistics.fmean(updates[i] for i in at)
+        return passes, [statistics.fmean(one) for one in zip(*(on_weights[i] for i in at), strict=True)]
 
     costs = {kind: of_kind(kind) for kind in set(kinds)}
-    return [
-        Layer(name, *costs[kind], _bytes(output[:1]), float(sum(_bytes(p) for p in layer.parameters())))
-        for (name, layer), kind, output in zip(layers, kinds, outputs, strict=True)
-    ]
+    made = []
+    for (name, layer), kind, output in zip(layers, kinds, outputs, strict=True):
+        passes, (update, taken, copied) = costs[kind]
+        size = float(sum(_bytes(p) for p in layer.parameters()))
+        made.append(Layer(name, passes, update, _bytes(output[:1]), size, taken, copied))
+    return made
 
 
 def representatives(kinds: Sequence[int]) -> list[int]:
@@ -242,15 +248,34 @@ def _walk(chain: Sequence[nn.Module], inputs: Tensor) -> list[Passes]:
     return [Passes(*four) for four in zip(forward, both, *alone, strict=True)]
 
 
-def _updates(
+def _on_weights(
     chain: Sequence[nn.Module], repeats: int, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-) -> list[float]:
-    """Seconds of a step of the optimizer on each layer, all in turn."""
-    optimizers = []
-    for layer in chain:
-        for parameter in layer.parameters():
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        weights = list(layer.parameters())
-        optimizers.append(make(weights) if weights else None)
-    rounds = [[timed(one.step)[1] if one else 0.0 for one in optimizers] for _ in range(repeats + 1)]
-    return [_low(seconds) for seconds in zip(*rounds[1:], strict=True)]
+) -> list[tuple[float, float, float]]:
+    """Seconds of what is done with each layer's weights, all in turn.
+
+    They are a step of the optimizer; scaling a gradient and adding one to it, of which a batch's first microbatch has
+    the one and the others have the other, so half of both; and a copy.
+    """
+    weights = [list(layer.parameters()) for layer in chain]
+    for parameter in (p for own in weights for p in own):
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizers = [make(own) if own else None for own in weights]
+
+    def take(own: list[nn.Parameter]) -> None:
+        for parameter in own:
+            assert parameter.grad is not None
+            parameter.grad = torch.add(parameter.grad / 2.0, parameter.grad, alpha=0.5)
+
+    def copy(own: list[nn.Parameter]) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in own]
+
+    rounds = []
+    for _ in range(repeats + 1):
+        steps = [timed(one.step)[1] if one else 0.0 for one in optimizers]
+        taken = [timed(take, own)[1] / 2 for own in weights]
+        copied = [timed(copy, own)[1] for own in weights]
+        rounds.append(list(zip(steps, taken, copied, strict=True)))
+    return [
+        tuple(_low(seconds) for seconds in zip(*of_layer, strict=True))  # type: ignore[misc]
+        for of_layer in zip(*rounds[1:], strict=True)
+    ]

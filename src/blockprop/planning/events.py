@@ -2,14 +2,16 @@
 
 A device does one task at a time. What it does next its *program* says, from the messages that have come so far. At
 the end of a task its messages go out, each over the link from this device to that one: one after the other at the
-link's bandwidth, and there after its latency. A message to oneself is there at once.
+link's bandwidth, and there after its latency. A message to oneself is there at once. One that is *asked* for goes out
+only when the receiver has nothing else to do and has said so, which takes a latency as well.
 """
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from blockprop.planning.cluster import Cluster
+from blockprop.planning.cluster import Cluster, Link
 
 __all__ = ["Message", "Ordered", "Program", "Run", "Step", "Task", "simulate"]
 
@@ -21,11 +23,15 @@ class Message(NamedTuple):
         receiver: number of the device, from 0.
         tag: what the receiver's program knows it by.
         size: bytes; a message of 0 bytes costs nothing but the latency.
+        asked: whether it waits until the receiver asks for it, default False.
+        through: what the sender's program hears when the link has taken it in; None for nothing.
     """
 
     receiver: int
     tag: Hashable
     size: float
+    asked: bool = False
+    through: Hashable | None = None
 
 
 class Task(NamedTuple):
@@ -51,6 +57,10 @@ class Program(Protocol):
 
     def next(self) -> Task | None:
         """The next task, which begins now; None to wait for a message."""
+        ...
+
+    def wanted(self) -> Collection[Hashable]:
+        """Tags of the messages that it waits for, where it knows them and they have to be asked for."""
         ...
 
 
@@ -86,6 +96,10 @@ class Ordered:
         self._head = next(self._steps, None)
         return task
 
+    def wanted(self) -> Collection[Hashable]:
+        """What the next task needs and is not there."""
+        return [] if self._head is None else [tag for tag in self._head.needs if tag not in self._arrived]
+
 
 class Run(NamedTuple):
     """What a simulation found.
@@ -109,6 +123,46 @@ class Run(NamedTuple):
         """Share of the time that each device works, from its work per batch at that rate."""
         rate = self.rate()
         return [min(1.0, rate * (at[-1] - at[len(at) // 2]) / (len(at) - 1 - len(at) // 2)) for at in self.worked]
+
+
+_Arrival = tuple[float, int, Hashable]  # when, where, and what is heard there
+
+
+class _Links:
+    """When each link can take its next message, and what waits to be asked for."""
+
+    def __init__(self, link: Link) -> None:
+        self._link, self._latency = link, link.latency / 1e3
+        self._free: dict[tuple[int, int], float] = {}
+        self._asked: dict[tuple[int, Hashable], float] = {}  # when the sender hears of it
+        self._held: dict[tuple[int, Hashable], tuple[int, Message]] = {}  # with its sender
+
+    def send(self, sender: int, message: Message, now: float) -> list[_Arrival]:
+        """What a message that is ready now brings about, if it goes out."""
+        awaited = message.receiver, message.tag
+        if not message.asked:
+            return self._go(sender, message, now)
+        if awaited in self._asked:
+            return self._go(sender, message, max(now, self._asked[awaited]))
+        self._held[awaited] = sender, message
+        return []
+
+    def ask(self, device: int, tags: Collection[Hashable], now: float) -> list[_Arrival]:
+        """What a device that waits for these messages brings about."""
+        found = []
+        for awaited in ((device, tag) for tag in tags):
+            if awaited not in self._asked:
+                self._asked[awaited] = now + self._latency
+                if awaited in self._held:
+                    found += self._go(*self._held.pop(awaited), now + self._latency)
+        return found
+
+    def _go(self, sender: int, message: Message, now: float) -> list[_Arrival]:
+        pair = sender, message.receiver
+        if message.size:
+            now = self._free[pair] = max(now, self._free.get(pair, 0.0)) + self._link.occupied(message.size)
+        told = [] if message.through is None else [(now, sender, message.through)]
+        return [*told, (now + self._latency, message.receiver, message.tag)]
 
 
 def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run:
@@ -136,24 +190,28 @@ def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run
     """
     if batches < 4:
         raise ValueError(f"cannot take a rate from {batches} batches; expected at least 4")
-    link, latency, slower = cluster.link, cluster.link.latency / 1e3, cluster.contention
-    free: dict[tuple[int, int], float] = {}  # when a link can take its next message
+    links, slower = _Links(cluster.link), cluster.contention
     running: list[Task | None] = [None] * len(programs)
     spent = [0.0] * len(programs)
     run = Run([[] for _ in programs], [[] for _ in programs])
     events: list[tuple[float, int, int, Hashable | None]] = []
     working = unfinished = 0
-    number = 0
+    number = itertools.count()
+
+    def hear(arrivals: Sequence[_Arrival]) -> None:
+        for when, device, tag in arrivals:
+            heapq.heappush(events, (when, next(number), device, tag))
 
     def begin(device: int, now: float) -> None:
-        nonlocal working, number
+        nonlocal working
         task = running[device] = programs[device].next()
         if task is None:
+            hear(links.ask(device, programs[device].wanted(), now))
             return
         seconds = task.seconds / cluster.speeds[device] * (slower if working else 1.0)
         working += 1
         spent[device] += seconds
-        heapq.heappush(events, (now + seconds, number := number + 1, device, None))
+        heapq.heappush(events, (now + seconds, next(number), device, None))
 
     for device in range(len(programs)):
         begin(device, 0.0)
@@ -173,14 +231,10 @@ def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run
             run.ends[device].append(now)
             run.worked[device].append(spent[device])
             unfinished -= len(run.ends[device]) == batches
-        for receiver, sent, size in task.sends:
-            if receiver == device:
-                programs[device].receive(sent)
-                continue
-            through = now
-            if size:
-                through = max(now, free.get((device, receiver), 0.0)) + link.occupied(size)
-                free[device, receiver] = through
-            heapq.heappush(events, (through + latency, number := number + 1, receiver, sent))
+        for message in task.sends:
+            if message.receiver == device:
+                programs[device].receive(message.tag)
+            else:
+                hear(links.send(device, message, now))
         begin(device, now)
     return run

@@ -5,7 +5,8 @@ orders; where a device decides by what has come, they are classes of their own.
 """
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from blockprop.planning.costs import Layer
 from blockprop.planning.events import Message, Ordered, Program, Step, Task
 from blockprop.schedules import delay
 
-__all__ = ["Block", "free_running", "gpipe", "lock_step", "one_f_one_b", "streaming", "zero_bubble"]
+__all__ = ["Block", "folded", "free_running", "gpipe", "lock_step", "one_f_one_b", "streaming", "zero_bubble"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Block:
         backward: its backward pass, for its weights and its input.
         inward: of the backward pass, what gives the gradient in its input and nothing else; 0 at the bottom.
         inputs: a backward pass for the input alone, as zero bubble makes it first.
-        update: a step of its optimizer. Adding up gradients of two microbatches takes as long: it moves as much.
+        update: a step of its optimizer. Adding a microbatch's gradient in place takes as long: it moves as much.
         sent: bytes of its output, and of the feedback that comes back for it.
+        taken: scaling a microbatch's gradient and adding it, as BlockProp does, which leaves the old sum as it was.
+        copied: a copy of its weights.
     """
 
     forward: float
@@ -35,6 +38,8 @@ class Block:
     inputs: float
     update: float
     sent: float
+    taken: float = 0.0
+    copied: float = 0.0
 
     @classmethod
     def of(cls, layers: Sequence[Layer], examples: float, *, bottom: bool) -> "Block":
@@ -48,24 +53,38 @@ class Block:
             sum(each.input_gradient for each in passes[bottom:]),
             sum(layer.update for layer in layers),
             layers[-1].output_bytes * examples,
+            sum(layer.taken for layer in layers),
+            sum(layer.copied for layer in layers),
         )
 
 
 def _ordered(
-    block: Block, order: Sequence[tuple[Literal["F", "B"], int]], k: int, blocks: int, sent_below: float
+    block: Block,
+    order: Sequence[tuple[Literal["F", "B"], int]],
+    k: int,
+    blocks: int,
+    sent_below: float,
+    *,
+    waits: bool = False,
 ) -> Iterator[Step]:
-    """Batch after batch, a device's forwards and backwards of its microbatches in this order, and an update."""
+    """Batch after batch, a device's forwards and backwards of its microbatches in this order, and an update.
+
+    `waits` has it wait, before it goes on, until what it has sent is on the link.
+    """
     for batch in itertools.count():
-        first = True
+        first, before = True, None
         for kind, part in order:
+            tag, through = (kind, batch, part), ("through", kind, batch, part) if waits else None
+            needs: tuple[Hashable, ...] = () if before is None else (before,)
             if kind == "F":
-                sends = (Message(k + 1, ("F", batch, part), block.sent),) if k < blocks - 1 else ()
-                yield Step((("F", batch, part),) if k else (), Task(block.forward, sends))
+                sends = (Message(k + 1, tag, block.sent, True, through),) if k < blocks - 1 else ()
+                yield Step((*needs, tag) if k else needs, Task(block.forward, sends))
             else:
-                sends = (Message(k - 1, ("B", batch, part), sent_below),) if k else ()
+                sends = (Message(k - 1, tag, sent_below, True, through),) if k else ()
                 seconds = block.backward + (0.0 if first else block.update)
-                yield Step((("B", batch, part),) if k < blocks - 1 else (), Task(seconds, sends))
+                yield Step((*needs, tag) if k < blocks - 1 else needs, Task(seconds, sends))
                 first = False
+            before = through if sends else None
         yield Step((), Task(block.update, (), True))
 
 
@@ -87,7 +106,8 @@ def one_f_one_b(blocks: Sequence[Block], microbatches: int) -> list[Program]:
         for m in range(microbatches):
             order += [("F", m + ahead)] * (m + ahead < microbatches)
             order.append(("B", m))
-        programs.append(Ordered(_ordered(block, order, k, len(blocks), below[k])))
+        # as torch's, which waits for a microbatch and for what it sends at the same time
+        programs.append(Ordered(_ordered(block, order, k, len(blocks), below[k], waits=True)))
     return programs
 
 
@@ -95,66 +115,44 @@ def _below(blocks: Sequence[Block]) -> list[float]:
     return [0.0, *(block.sent for block in blocks[:-1])]
 
 
-class _ZeroBubble:
-    """A device that fills its waits with the weights' gradients: backward for inputs, else forward, else weights.
+_Order = list[tuple[str, int]]  # F, I or W, for the backward passes of inputs and of weights, and which chunk
+
+
+def _straight(k: int, devices: int, microbatches: int) -> _Order:
+    """As 1F1B, with the weights' gradients k microbatches later, so that they fill the wait at the end (ZB-H1)."""
+    ahead = min(microbatches, devices - 1 - k)
+    forward, inputs, weights = ("F", 0), ("I", 0), ("W", 0)
+    order = [forward] * ahead
+    for m in range(microbatches):
+        order += [forward] * (m + ahead < microbatches) + [inputs] + [weights] * (m >= k)
+    return order + [weights] * min(k, microbatches)
+
+
+def folded(k: int, devices: int, microbatches: int) -> _Order:
+    """The order of ZBV on a device, as torch has it (Qi et al. 2024): half 0 is its chunk on the way up, half 1 down.
+
+    With fewer than 2K - 1 microbatches it is the order of as many, of which those that are not there are left out.
 
     Args:
-        chunks: number and costs of the chunks on this device, bottom first.
-        home: the device of every chunk.
-        below: bytes that a chunk's input has.
+        k: the device, from 0.
+        devices: K.
         microbatches: M.
+
+    Returns:
+        F, I or W (forward, backward for inputs, backward for weights), and the half; microbatches come in turn.
     """
-
-    def __init__(
-        self, chunks: Sequence[tuple[int, Block]], home: Sequence[int], below: Sequence[float], microbatches: int
-    ) -> None:
-        self._chunks, self._home, self._below, self._parts = list(chunks), home, below, microbatches
-        self._arrived: set[Hashable] = set()
-        self._batch = -1
-        self._new_batch()
-
-    def _new_batch(self) -> None:
-        self._batch += 1
-        self._up = dict.fromkeys((chunk for chunk, _ in self._chunks), 0)
-        self._down = self._up.copy()
-        self._weights = self._up.copy()
-
-    def receive(self, tag: Hashable) -> None:
-        """Take a message in."""
-        self._arrived.add(tag)
-
-    def next(self) -> Task | None:
-        """The task of the highest rank that can be done now."""
-        top = len(self._home) - 1
-        for chunk, block in reversed(self._chunks):
-            part = self._down[chunk]
-            tag = "B", self._batch, chunk, part
-            if part < self._up[chunk] and (chunk == top or tag in self._arrived):
-                self._arrived.discard(tag)
-                self._down[chunk] += 1
-                return Task(block.inputs, self._message("B", chunk - 1, part, self._below[chunk]))
-        for place, (chunk, block) in reversed(list(enumerate(self._chunks))):
-            part = self._up[chunk]
-            tag = "F", self._batch, chunk, part
-            room = place > 0 or part - self._down[chunk] < len(self._home)
-            if part < self._parts and room and (chunk == 0 or tag in self._arrived):
-                self._arrived.discard(tag)
-                self._up[chunk] += 1
-                return Task(block.forward, self._message("F", chunk + 1, part, block.sent))
-        for chunk, block in reversed(self._chunks):
-            part = self._weights[chunk]
-            if part < self._down[chunk]:
-                self._weights[chunk] += 1
-                return Task(max(0.0, block.backward - block.inputs) + (block.update if part else 0.0))
-        if all(done == self._parts for done in self._weights.values()):
-            self._new_batch()
-            return Task(sum(block.update for _, block in self._chunks), (), True)
-        return None
-
-    def _message(self, kind: str, chunk: int, part: int, size: float) -> tuple[Message, ...]:
-        if not 0 <= chunk < len(self._home):
-            return ()
-        return (Message(self._home[chunk], (kind, self._batch, chunk, part), size),)
+    room = max(2 * devices - 1, microbatches)
+    up, down = [("F", 0)], [("F", 1), ("I", 1), ("W", 1)]
+    order = up * (2 * (devices - k) - 1) + [("F", 1), ("F", 0)] * k + down * (devices - k)
+    done = {step: order.count(step) for step in (("F", 0), ("F", 1), ("I", 1), ("W", 1))}
+    while done["F", 1] < room:
+        order += up * (done["F", 0] < room) + [("I", 0), ("W", 0)] + down
+        done["F", 0] += 1
+        done["F", 1] += 1
+    order += [("I", 0), ("I", 1)] * k + [("I", 0), ("W", 0)] * (devices - k)
+    for half in (1, 0):
+        order += [("W", half)] * (room - order.count(("W", half)))
+    return order
 
 
 def zero_bubble(chunks: Sequence[Block], devices: int, microbatches: int) -> list[Program]:
@@ -165,12 +163,34 @@ def zero_bubble(chunks: Sequence[Block], devices: int, microbatches: int) -> lis
         devices: K.
         microbatches: M.
     """
+    of_device = folded if len(chunks) == 2 * devices else _straight
     home = [chunk if chunk < devices else 2 * devices - 1 - chunk for chunk in range(len(chunks))]
     below = _below(chunks)
-    return [
-        _ZeroBubble([(c, chunk) for c, chunk in enumerate(chunks) if home[c] == k], home, below, microbatches)
-        for k in range(devices)
-    ]
+
+    def away(k: int, chunk: int) -> bool:
+        return 0 <= chunk < len(chunks) and home[chunk] != k
+
+    def steps(k: int) -> Iterator[Step]:
+        order = of_device(k, devices, microbatches)
+        for batch in itertools.count():
+            done: Counter[tuple[str, int]] = Counter()
+            for kind, half in order:
+                chunk, part = 2 * devices - 1 - k if half else k, done[kind, half]
+                done[kind, half] += 1
+                if part >= microbatches:
+                    continue
+                block, tag = chunks[chunk], (kind, batch, chunk, part)
+                if kind == "W":
+                    weights = max(0.0, block.backward - block.inputs) + block.taken
+                    yield Step((), Task(weights + (block.update if part else 0.0)))
+                    continue
+                source, target = (chunk - 1, chunk + 1) if kind == "F" else (chunk + 1, chunk - 1)
+                size, seconds = (block.sent, block.forward) if kind == "F" else (below[chunk], block.inputs)
+                sends = (Message(home[target], (kind, batch, target, part), size),) if away(k, target) else ()
+                yield Step((tag,) if away(k, source) else (), Task(seconds, sends))
+            yield Step((), Task(sum(chunk.update for c, chunk in enumerate(chunks) if home[c] == k), (), True))
+
+    return [Ordered(steps(k)) for k in range(devices)]
 
 
 def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> list[Program]:
@@ -196,14 +216,15 @@ def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> lis
                 needs = tuple((way, tick - 1) for way in needs)
             down = (Message(k - 1, ("down", tick), blocks[k - 1].sent),) if k else ()
             last = tick % parts == parts - 1
-            update = block.update * (last + (tick % parts > 0))
+            update = block.update * last + block.taken * (parts > 1)
+            stashed = 0.0 if again or tick % parts else block.copied
             if top:
                 yield Step(needs, Task(block.forward + block.backward, down))
                 yield Step((), Task(update, (), last))
             else:
                 yield Step(needs, Task(twice * block.forward + block.backward, down))
                 yield Step((), Task(update, (), last))
-                yield Step((), Task(block.forward, (Message(k + 1, ("up", tick), block.sent),)))
+                yield Step((), Task(stashed + block.forward, (Message(k + 1, ("up", tick), block.sent),)))
 
     return [Ordered(steps(k)) for k in range(len(blocks))]
 
@@ -257,7 +278,12 @@ class _Free:
         have["room"] -= 1
         if not self._with_feedback:
             self._then = self._learn(block.backward - self._spared, ())
-        return Task(block.forward, (*taken, Message(self._k + 1, "up", block.sent)))
+        stashed = block.copied if self._with_feedback and not self._again else 0.0
+        return Task(stashed + block.forward, (*taken, Message(self._k + 1, "up", block.sent)))
+
+    def wanted(self) -> Collection[Hashable]:
+        """Nothing that has to be asked for."""
+        return ()
 
     @property
     def _spared(self) -> float:
@@ -265,7 +291,7 @@ class _Free:
 
     def _learn(self, seconds: float, sends: tuple[Message, ...]) -> Task:
         last = self._learnt % self._parts == self._parts - 1
-        seconds += self._block.update * (last + (self._learnt % self._parts > 0))
+        seconds += self._block.update * last + self._block.taken * (self._parts > 1)
         self._learnt += 1
         if self._k and self._with_feedback:
             sends = (*sends, Message(self._k - 1, "down", self._sent_below))
