@@ -36,7 +36,7 @@ ABOUT = """
 Batch, model, data, optimizer, step size and warm-up (30 steps for the GPT, else none) are the same for all; two
 processes of one thread each, on two cores, unless the row says otherwise. **Samples/s** and its ratio to one thread
 doing plain backprop are medians (quartiles) over rounds in which all methods take their turn; start-up, the first steps
-and evaluation are not counted.
+and evaluation are not counted. The ratio is to one thread in the same round, also where rows were measured anew later.
 
 **Quality.** Q is the validation loss of one thread's backprop at 80 % of the budget, mean over seeds, at a constant
 step size. It is reached at the first evaluation whose running median of three is at or below it; runs go on to twice

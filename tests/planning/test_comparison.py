@@ -54,6 +54,22 @@ def test_every_measured_method_is_known(method):
     assert 0.5 < found.predicted < 2.01
 
 
+def test_a_row_that_was_measured_apart_has_a_ratio_of_its_own():
+    rows = [row("one thread", 100.0), row("DDP", 300.0) | {"ratio": 1.5}]
+    (found,) = compare(rows, {"mlp": CASE}, LINKS)
+    assert found.measured == 1.5
+
+
+def test_a_link_is_as_slow_beside_the_devices_as_one_thread_is_fast():
+    """The layers take 21 s, one thread was measured to take 0.21: a link that was nothing beside it is the limit."""
+    slow = {"wire": Link(1e-4)}
+    found = [
+        compare([row("one thread", rate, link="wire"), row("GPipe, 2", 1.0, link="wire")], {"mlp": CASE}, slow)[0]
+        for rate in (CASE.predict("one thread", Link(1e9)), 100 * CASE.predict("one thread", Link(1e9)))
+    ]
+    assert found[0].predicted > 5 * found[1].predicted
+
+
 def test_what_the_planner_does_not_know_is_left_out():
     rows = [row("one thread", 1.0), row("two threads", 2.0), row("DDP", 1.0, link="far"), row("DDP", 1.0, "other")]
     assert compare(rows, {"mlp": CASE}, LINKS) == []

@@ -147,5 +147,7 @@ def compare(
         # says how fast a device really is beside the link
         predicted = cases[name].predict(method, links[link], measured / one)
         if predicted is not None:
-            found.append(Comparison(name, method, link, row["samples_per_second"] / measured, predicted / measured))
+            # of a row that was measured apart, to one thread beside it
+            ratio = row.get("ratio", row["samples_per_second"] / measured)
+            found.append(Comparison(name, method, link, ratio, predicted / measured))
     return found

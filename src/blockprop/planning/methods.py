@@ -186,7 +186,9 @@ def zero_bubble(chunks: Sequence[Block], devices: int, microbatches: int) -> lis
                     continue
                 source, target = (chunk - 1, chunk + 1) if kind == "F" else (chunk + 1, chunk - 1)
                 size, seconds = (block.sent, block.forward) if kind == "F" else (below[chunk], block.inputs)
-                sends = (Message(home[target], (kind, batch, target, part), size),) if away(k, target) else ()
+                sends = (
+                    (Message(home[target], (kind, batch, target, part), size, asked=True),) if away(k, target) else ()
+                )
                 yield Step((tag,) if away(k, source) else (), Task(seconds, sends))
             yield Step((), Task(sum(chunk.update for c, chunk in enumerate(chunks) if home[c] == k), (), True))
 
