@@ -274,7 +274,7 @@ def plan_command(
     microbatches: Annotated[int, Parameter(help="Of GPipe, 1F1B and zero bubble.")] = 4,
     parts: Annotated[int, Parameter(help="Microbatches of BlockProp.")] = 1,
     refresh: Annotated[int, Parameter(help="E, BlockProp, cached: feedback in every E-th epoch.")] = 2,
-    window: Annotated[int, Parameter(help="BlockProp, free-running: messages under way to a block.")] = 8,
+    in_flight: Annotated[int, Parameter(help="BlockProp, free-running: batches on their way for each block above.")] = 2,
     repeats: Annotated[int, Parameter(help="Rounds of timing.")] = 5,
     json: Annotated[bool, Parameter(help="Print JSON instead of the table.", negative=())] = False,
     plot: Annotated[
@@ -290,7 +290,7 @@ def plan_command(
         require_matplotlib()
     all_speeds = speeds * blocks if len(speeds) == 1 else speeds
     cluster = Cluster(all_speeds, Link(bandwidth, latency, overhead), 1.0 if contention == "measured" else contention)
-    setting = Setting(batch_size, microbatches, parts, refresh, window)
+    setting = Setting(batch_size, microbatches, parts, refresh, in_flight)
     sizes: dict[str, Any] = {"width": width, "depth": depth, "context": context, "batch_size": batch_size}
     layers = costs_of(model, **sizes, repeats=repeats)
     if contention == "measured":

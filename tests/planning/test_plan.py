@@ -143,7 +143,7 @@ def test_one_block_is_one_device_with_every_method():
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("one device", "ddp")])
 def test_a_thousand_devices(method):
-    (found,) = plan([layer()] * 1024, alike(1024), Setting(BATCH, microbatches=1, window=1), [method])
+    (found,) = plan([layer()] * 1024, alike(1024), Setting(BATCH, microbatches=1, in_flight=1), [method])
     assert len(found.busy) == 1024
     if method.startswith("blockprop"):
         assert BATCH / found.samples_per_second < 10

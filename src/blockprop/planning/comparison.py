@@ -82,7 +82,8 @@ class Case:
         if request is None:
             return None
         name, cut, changes = request
-        setting = replace(Setting(self.batch_size, microbatches=1), **changes)
+        # over a slow link the benchmark has more batches on their way
+        setting = replace(Setting(self.batch_size, microbatches=1, in_flight=4 if link.latency else 2), **changes)
         cluster = Cluster((speed, speed), link, self.contention)
         return plan(self.layers, cluster, setting, [name], (0, *cut))[0].samples_per_second
 

@@ -14,7 +14,9 @@ from blockprop.planning.costs import Layer
 from blockprop.planning.events import Message, Ordered, Program, Step, Task
 from blockprop.schedules import delay
 
-__all__ = ["Block", "folded", "free_running", "gpipe", "lock_step", "one_f_one_b", "streaming", "zero_bubble"]
+__all__ = ["QUEUE", "Block", "folded", "free_running", "gpipe", "lock_step", "one_f_one_b", "streaming", "zero_bubble"]
+
+QUEUE = 8  # messages between two blocks that hear nothing of each other
 
 
 @dataclass(frozen=True)
@@ -238,13 +240,13 @@ class _Free:
         k: the device, from 0.
         blocks: all blocks.
         parts: batches are cut into so many; one update for all.
-        window: messages that may be on the way to the block above and not yet taken up.
+        ahead: outputs that may have gone up and are without feedback yet; without feedback, and not yet taken up.
         feedback: False for blocks that learn at their forward pass, from what they have in their caches.
         again: whether a block evaluates a batch again when its feedback has come.
     """
 
     def __init__(
-        self, k: int, blocks: Sequence[Block], parts: int, window: int, *, feedback: bool, again: bool = False
+        self, k: int, blocks: Sequence[Block], parts: int, ahead: int, *, feedback: bool, again: bool = False
     ) -> None:
         self._k, self._block, self._parts = k, blocks[k], parts
         self._top = k == len(blocks) - 1
@@ -252,7 +254,7 @@ class _Free:
         self._with_feedback = feedback
         self._again = again
         # as when the pipeline has filled up: one message waits on either side
-        self._have: dict[Hashable, int] = {"up": 1, "down": 1, "room": window}
+        self._have: dict[Hashable, int] = {"up": 1, "down": 1, "room": ahead - feedback}
         self._learnt = 0
         self._then: Task | None = None
 
@@ -268,13 +270,14 @@ class _Free:
         block, have = self._block, self._have
         if self._with_feedback and not self._top and have["down"]:
             have["down"] -= 1
+            have["room"] += 1
             return self._learn(self._again * block.forward + block.backward, ())
         if (self._k and not have["up"]) or not (self._top or have["room"]):
             return None
         taken: tuple[Message, ...] = ()
         if self._k:
             have["up"] -= 1
-            taken = (Message(self._k - 1, "room", 0.0),)
+            taken = () if self._with_feedback else (Message(self._k - 1, "room", 0.0),)
         if self._top:
             return self._learn(block.forward + block.backward - self._spared, taken)
         have["room"] -= 1
@@ -300,21 +303,23 @@ class _Free:
         return Task(seconds, sends, last)
 
 
-def free_running(blocks: Sequence[Block], parts: int, window: int, *, again: bool = True) -> list[Program]:
+def free_running(blocks: Sequence[Block], parts: int, in_flight: int, *, again: bool = True) -> list[Program]:
     """BlockProp without ticks: a block learns if feedback has come, and forwards the next batch if not.
 
     Args:
         blocks: all blocks.
         parts: M, one update for so many microbatches.
-        window: messages that may be on the way to the block above and not yet taken up.
+        in_flight: microbatches that a block may have on their way, without feedback, for each block above it.
         again: as in [`lock_step`][blockprop.planning.methods.lock_step].
     """
-    return [_Free(k, blocks, parts, window, feedback=True, again=again) for k in range(len(blocks))]
+    top = len(blocks) - 1
+    return [_Free(k, blocks, parts, in_flight * (top - k), feedback=True, again=again) for k in range(len(blocks))]
 
 
-def streaming(blocks: Sequence[Block], parts: int, window: int) -> list[Program]:
+def streaming(blocks: Sequence[Block], parts: int) -> list[Program]:
     """BlockProp on cached feedback: outputs go up and nothing comes down.
 
-    Each block takes its forward pass and a backward pass that spares the gradient in its own input.
+    Each block takes its forward pass and a backward pass that spares the gradient in its own input. It may be as far
+    ahead of the next one as the queue between them is long.
     """
-    return [_Free(k, blocks, parts, window, feedback=False) for k in range(len(blocks))]
+    return [_Free(k, blocks, parts, QUEUE, feedback=False) for k in range(len(blocks))]

@@ -28,7 +28,7 @@ class Setting:
         microbatches: M of GPipe, 1F1B and zero bubble; default 4.
         parts: M of BlockProp's pipelines; default 1.
         refresh: E, of the cached method every E-th epoch has feedback; default 2.
-        window: free-running and cached: messages under way to a block at most; default 8.
+        in_flight: free-running and cached: batches that a block may have on their way for each block above it; default 2.
 
     Raises:
         ValueError: a number below 1, or more parts than examples.
@@ -38,7 +38,7 @@ class Setting:
     microbatches: int = 4
     parts: int = 1
     refresh: int = 2
-    window: int = 8
+    in_flight: int = 2
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -231,17 +231,17 @@ def _lock_step(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name
 
 
 def _batches(cluster: Cluster, setting: Setting) -> int:
-    """Batches of a simulation without ticks: past the first window, and more where that is cheap.
+    """Batches of a simulation without ticks: past the first queue, and more where that is cheap.
 
     Devices take turns unevenly: for 16 of them the rate came out up to 8 % low with 26 batches, within 1 % with 126.
     """
-    return 2 * setting.window + 10 + min(150, 20_000 // len(cluster))
+    return 2 * max(setting.in_flight, methods.QUEUE) + 10 + min(150, 20_000 // len(cluster))
 
 
 def _free_running(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, given: Cut) -> Prediction:
     examples = setting.batch_size / setting.parts
     cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=1.0)
-    programs = methods.free_running(_blocks(layers, cut, examples), setting.parts, setting.window)
+    programs = methods.free_running(_blocks(layers, cut, examples), setting.parts, setting.in_flight)
     return _simulated(name, programs, cluster, setting, cut, _batches(cluster, setting))
 
 
@@ -253,10 +253,10 @@ def _cached(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: s
     examples, share = setting.batch_size / setting.parts, 1 / setting.refresh
     cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, spared=1 - share)
     blocks, batches = _blocks(layers, cut, examples), _batches(cluster, setting)
-    refresh = methods.free_running(blocks, setting.parts, setting.window, again=False)
+    refresh = methods.free_running(blocks, setting.parts, setting.in_flight, again=False)
     found = [_simulated(name, refresh, cluster, setting, cut, batches)]
     if share < 1:
-        between = methods.streaming(blocks, setting.parts, setting.window)
+        between = methods.streaming(blocks, setting.parts)
         found.append(_simulated(name, between, cluster, setting, cut, batches))
     # seconds an example, of each kind of epoch
     seconds = [w / each.samples_per_second for w, each in zip((share, 1 - share), found, strict=False)]
