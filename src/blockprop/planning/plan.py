@@ -28,7 +28,7 @@ class Setting:
         microbatches: M of GPipe, 1F1B and zero bubble; default 4.
         parts: M of BlockProp's pipelines; default 1.
         refresh: E, of the cached method every E-th epoch has feedback; default 2.
-        in_flight: free-running and cached: batches that a block may have on their way for each block above it; default 2.
+        in_flight: free-running, cached: batches that a block may have on their way for each block above it; default 2.
 
     Raises:
         ValueError: a number below 1, or more parts than examples.

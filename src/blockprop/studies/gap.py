@@ -53,7 +53,7 @@ def _networks(data_dir: Path | None) -> list[Network]:
     base = Settings(data_dir=data_dir, threads=1)
     mnist = replace(base, data="mnist", model="mlp", batch_size=128, epochs=3, validation=_IMAGES)
     text = replace(base, data="shakespeare", model="gpt", width=64, depth=4, batch_size=32, steps=200, validation=_TEXT)
-    cifar = replace(base, data="cifar10", model="resnet18", width=16, batch_size=64, steps=96, validation=0.02)
+    cifar = replace(base, data="cifar10", model="resnet18", width=16, batch_size=64, steps=256, validation=0.02)
     deep = replace(mnist, width=256, depth=8, epochs=1)
     sgd, adam, momentum = (0.03, 0.1, 0.3), (1e-3, 3e-3, 1e-2), (0.02, 0.05, 0.1)
     shallow_sgd = (0.1, 0.3, 1.0)
@@ -115,7 +115,7 @@ batches and their order.
 | MLP 784-300-10 | MNIST | SGD, batch 128, 3 epochs | 0.1, 0.3, 1 |
 | MLP 8 x 256 (7 hidden layers) | MNIST | SGD, batch 128, 1 epoch | 0.03, 0.1, 0.3 |
 | GPT, 4 layers of 64, context 64 | tiny Shakespeare | AdamW, batch 32, 200 steps | 0.001, 0.003, 0.01 |
-| ResNet18 of width 16 | CIFAR-10, crops and flips | SGD, momentum 0.9, batch 64, 96 steps | 0.02, 0.05, 0.1 |
+| ResNet18 of width 16 | CIFAR-10, crops and flips | SGD, momentum 0.9, batch 64, 256 steps | 0.02, 0.05, 0.1 |
 
 Short runs, all methods alike, so that the whole table is a matter of hours: the question is what the block methods lose
 against backprop, not how far each network gets.
