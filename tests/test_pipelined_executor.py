@@ -378,3 +378,20 @@ def test_microbatches_between_two_updates_share_one_copy_of_the_weights():
     (flights, versions) = executor._lates[0].flights, executor._lates[0]._sent
     copies = {(versions[number][1], id(next(iter(one.weights.values())))) for number, one in flights.items()}
     assert len(flights) > len(copies) == len({version for version, _ in copies})
+
+
+def test_a_state_loaded_over_as_many_other_updates_does_not_meet_their_weights():
+    def made(lr):
+        algo = trainer(PipelinedExecutor(microbatches=4, reuse=True), K=2, lr=lr)
+        for x, y in data(4):
+            algo.step(x, y)
+        return algo
+
+    one, other = made(0.1), made(0.2)
+    other.blocks.model.load_state_dict(one.blocks.model.state_dict())
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for algo in (one, other):
+        torch.manual_seed(5)
+        for x, y in data(4):
+            algo.step(x, y)
+    assert torch.equal(*(flat(algo.blocks.model.parameters()) for algo in (one, other)))
