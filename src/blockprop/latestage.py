@@ -8,7 +8,6 @@ One late stage serves the simulation of a pipeline in one process and the runtim
 whoever runs it moves the messages.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +17,14 @@ from torch import Tensor
 from torch.func import functional_call
 
 from blockprop.cache import GluingCache
-from blockprop.curvature import Constant, Curvature, Secant
+from blockprop.correction import Correction
 from blockprop.evaluation import Evaluation
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
 from blockprop.objective import TargetTerm, UpperTerm, projected
 from blockprop.stage import Feedback, Stage
 
-__all__ = ["Correction", "LateStage", "Learnt", "Points"]
+__all__ = ["LateStage", "Learnt", "Points"]
 
 Points = list[Tensor]
 """Outputs of one block on a few examples, at which the curvature above is measured: as it was sent, and moved from
@@ -33,57 +32,6 @@ there; or today's slopes of the summed loss at these."""
 
 Ask = Callable[[Points], Points | None]
 """Slopes at some outputs of a block, from the blocks above it; None if they will come later (`LateStage.measured`)."""
-
-
-class Correction:
-    """What is made of late feedback.
-
-    Args:
-        curvature: κ of the targets; default [`Secant`][blockprop.curvature.Secant], measured while training.
-        along: let κ act along each example's own slope alone (`TargetTerm`); default False.
-        across: the curvature across the slopes, if `along`; default none, 0.
-        reuse: take the gradient on the graph of the forward pass and at the weights that it had (weight stashing), for
-            three passes instead of four. Nothing has moved there, so that the feedback is the delayed gradient.
-        prediction: at which weights a block forwards: its present ones moved on by so many of the updates that it will
-            make until the feedback is back, along the running mean of its updates; default 0, between 0 and 1.
-        compensation: λ of DC-ASGD (Zheng et al. 2017), which adds λ g² (w_now - w_forward) to the stashed gradient g,
-            entry by entry; default 0. Needs `reuse`.
-
-    Raises:
-        ValueError: a setting out of its range.
-    """
-
-    def __init__(
-        self,
-        *,
-        curvature: Curvature | None = None,
-        along: bool = False,
-        across: Curvature | None = None,
-        reuse: bool = False,
-        prediction: float = 0.0,
-        compensation: float = 0.0,
-    ) -> None:
-        if not 0 <= prediction < math.inf:
-            raise ValueError(f"prediction is {prediction}; expected a finite number of at least 0")
-        if not 0 <= compensation < math.inf:
-            raise ValueError(f"compensation is {compensation}; expected a finite number of at least 0")
-        if compensation and not reuse:
-            raise ValueError("compensation corrects gradients at stashed weights; expected reuse=True with it")
-        if across is not None and not along:
-            raise ValueError("a curvature across the slopes is given; expected along=True with it")
-        self.curvature: Curvature = curvature or Secant()
-        self.along = along
-        self.across: Curvature = across or Constant(0.0)
-        self.reuse, self.prediction, self.compensation = reuse, prediction, compensation
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is known of the curvature."""
-        return {"curvature": self.curvature.state_dict(), "across": self.across.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
-        self.curvature.load_state_dict(state["curvature"])
-        self.across.load_state_dict(state["across"])
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch import nn
 
 import blockprop
 from blockprop.cache import GluingCache
+from blockprop.correction import Correction
 from blockprop.curvature import Constant, Secant
 from blockprop.executors import PipelinedExecutor
-from blockprop.latestage import Correction, LateStage
+from blockprop.latestage import LateStage
 from blockprop.runtime import FreeRunningExecutor
 from conftest import batch, flat, mlp, sgd
 

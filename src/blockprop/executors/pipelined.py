@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from blockprop.cache import GluingCache, Visits
+from blockprop.correction import Correction
 from blockprop.executors.executor import LinkReport, StepReport, check_finite
 from blockprop.executors.mail import LocalMail, Mail, Remote
-from blockprop.latestage import Correction, LateStage, Learnt
+from blockprop.latestage import LateStage, Learnt
 from blockprop.losses import OutputLoss
 from blockprop.schedules import Action, Latency, Tick, delay, pipelined
 from blockprop.stage import Stage
@@ -43,7 +44,7 @@ class PipelinedExecutor:
         schedule: from K to the ticks. Default: [`pipelined`][blockprop.schedules.pipelined] with the two below.
         microbatches: M, into how many parts a batch is cut; default 1.
         latency: of the messages.
-        correction: what is made of late feedback; see [`Correction`][blockprop.latestage.Correction].
+        correction: what is made of late feedback; see [`Correction`][blockprop.correction.Correction].
         cache: makes a cache for one link, of as many examples as there are in the training set: feedback then comes on
             every `refresh`-th visit of a batch's examples only, and between them each block learns from the last one
             of each example. Default None.

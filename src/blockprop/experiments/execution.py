@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from blockprop.cache import GluingCache
+from blockprop.correction import Correction
 from blockprop.curvature import Constant, Curvature, PerExample, Secant
 from blockprop.executors import CachedExecutor, Executor, PipelinedExecutor, ReplayedExecutor
 from blockprop.experiments.settings import Settings
-from blockprop.latestage import Correction
 from blockprop.runtime import FreeRunningExecutor, Neighbours
 from blockprop.schedules import Latency, sequential
 

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from blockprop.cache import GluingCache, Visits
+from blockprop.correction import Correction
 from blockprop.executors.executor import LinkReport, StepReport, check_finite
 from blockprop.executors.pipelined import check_form
-from blockprop.latestage import Correction, LateStage, Learnt, Points
+from blockprop.latestage import LateStage, Learnt, Points
 from blockprop.runtime.mail import feedback_message, gluing_of, output_message, output_of
 from blockprop.runtime.message import Message
 from blockprop.runtime.neighbours import Neighbours
@@ -30,7 +31,7 @@ class FreeRunningExecutor:
         in_flight: batches that a block may have on their way for each block above it, at least 1; default 2, the
             number that a lock-step pipeline has.
         repeats: W-steps that a block may take again on its latest batch while it would wait, at least 0; default 0.
-        correction: what is made of late feedback; see [`Correction`][blockprop.latestage.Correction].
+        correction: what is made of late feedback; see [`Correction`][blockprop.correction.Correction].
         cache: as in [`PipelinedExecutor`][blockprop.executors.pipelined.PipelinedExecutor].
         refresh: as there.
 
