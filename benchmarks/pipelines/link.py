@@ -21,8 +21,8 @@ _SOURCE = Path(__file__).with_name("wanlink.c")
 _NETWORK, _DEVICE = "10.213.77", "wan0"
 _QUEUE_MS = 200
 _CONGESTION = "cubic"
-"""Linux's own. A machine may have another: BBR paces a message over up to half a round trip, however small it is, and
-messages over 100 Mbit/s and 20 ms then take 10 to 20 ms longer."""
+"""TCP's congestion control, Linux's default, so that tables do not depend on the machine's: BBR, for one, paces short
+messages over a part of the round trip."""
 
 
 class LinkError(RuntimeError):

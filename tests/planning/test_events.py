@@ -80,15 +80,3 @@ def test_what_is_asked_for_takes_the_way_of_the_question_as_well():
     second = Ordered(repeated(("a",), lambda n: Task(3.0, (), True)))
     run = simulate([first, second], Cluster((1.0, 1.0), Link(1, latency=500)), 4)
     assert run.ends[1] == pytest.approx([4.5, 8.5, 12.5, 16.5])
-
-
-def test_a_sender_may_wait_until_the_link_has_taken_its_message():
-    """A second of work and a second on the link, in turn."""
-
-    def sends(n):
-        return Task(1.0, (Message(1, ("a", n), 125_000, through=("through", n + 1)),), True)
-
-    first = Ordered(Step((("through", n),) if n else (), sends(n)) for n in range(100))
-    second = Ordered(repeated(("a",), lambda n: Task(0.1, (), True)))
-    run = simulate([first, second], Cluster((1.0, 1.0), Link(1, latency=500)), 4)
-    assert run.ends[0] == pytest.approx([1.0, 3.0, 5.0, 7.0])

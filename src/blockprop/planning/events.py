@@ -24,14 +24,12 @@ class Message(NamedTuple):
         tag: what the receiver's program knows it by.
         size: bytes; a message of 0 bytes costs nothing but the latency.
         asked: whether it waits until the receiver asks for it, default False.
-        through: what the sender's program hears when the link has taken it in; None for nothing.
     """
 
     receiver: int
     tag: Hashable
     size: float
     asked: bool = False
-    through: Hashable | None = None
 
 
 class Task(NamedTuple):
@@ -161,8 +159,7 @@ class _Links:
         pair = sender, message.receiver
         if message.size:
             now = self._free[pair] = max(now, self._free.get(pair, 0.0)) + self._link.occupied(message.size)
-        told = [] if message.through is None else [(now, sender, message.through)]
-        return [*told, (now + self._latency, message.receiver, message.tag)]
+        return [(now + self._latency, message.receiver, message.tag)]
 
 
 def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run:

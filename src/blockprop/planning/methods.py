@@ -66,27 +66,20 @@ def _ordered(
     k: int,
     blocks: int,
     sent_below: float,
-    *,
-    waits: bool = False,
 ) -> Iterator[Step]:
-    """Batch after batch, a device's forwards and backwards of its microbatches in this order, and an update.
-
-    `waits` has it wait, before it goes on, until what it has sent is on the link.
-    """
+    """Batch after batch, a device's forwards and backwards of its microbatches in this order, and an update."""
     for batch in itertools.count():
-        first, before = True, None
+        first = True
         for kind, part in order:
-            tag, through = (kind, batch, part), ("through", kind, batch, part) if waits else None
-            needs: tuple[Hashable, ...] = () if before is None else (before,)
+            tag = kind, batch, part
             if kind == "F":
-                sends = (Message(k + 1, tag, block.sent, True, through),) if k < blocks - 1 else ()
-                yield Step((*needs, tag) if k else needs, Task(block.forward, sends))
+                sends = (Message(k + 1, tag, block.sent, asked=True),) if k < blocks - 1 else ()
+                yield Step((tag,) if k else (), Task(block.forward, sends))
             else:
-                sends = (Message(k - 1, tag, sent_below, True, through),) if k else ()
+                sends = (Message(k - 1, tag, sent_below, asked=True),) if k else ()
                 seconds = block.backward + (0.0 if first else block.update)
-                yield Step((*needs, tag) if k < blocks - 1 else needs, Task(seconds, sends))
+                yield Step((tag,) if k < blocks - 1 else (), Task(seconds, sends))
                 first = False
-            before = through if sends else None
         yield Step((), Task(block.update, (), True))
 
 
@@ -108,8 +101,7 @@ def one_f_one_b(blocks: Sequence[Block], microbatches: int) -> list[Program]:
         for m in range(microbatches):
             order += [("F", m + ahead)] * (m + ahead < microbatches)
             order.append(("B", m))
-        # as torch's, which waits for a microbatch and for what it sends at the same time
-        programs.append(Ordered(_ordered(block, order, k, len(blocks), below[k], waits=True)))
+        programs.append(Ordered(_ordered(block, order, k, len(blocks), below[k])))
     return programs
 
 
