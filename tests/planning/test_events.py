@@ -80,3 +80,23 @@ def test_what_is_asked_for_takes_the_way_of_the_question_as_well():
     second = Ordered(repeated(("a",), lambda n: Task(3.0, (), True)))
     run = simulate([first, second], Cluster((1.0, 1.0), Link(1, latency=500)), 4)
     assert run.ends[1] == pytest.approx([4.5, 8.5, 12.5, 16.5])
+
+
+def test_a_question_waits_behind_messages_of_the_one_who_asks():
+    """The second device sends 1 Mbit at 1 Mbit/s when it asks: the first one hears a second and a latency later."""
+
+    def asks(n):
+        return Task(1.0, (Message(0, ("b", n), 125_000),), True)
+
+    first = Ordered(repeated((), lambda n: Task(0.0, (Message(1, ("a", n), 0.0, asked=True),), True)))
+    second = Ordered(repeated(("a",), asks))
+    run = simulate([first, second], Cluster((1.0, 1.0), Link(1, latency=500)), 4)
+    # the first one is asked for at 0 s, on an idle link; the others a second later than their turn
+    assert run.ends[1] == pytest.approx([2.0, 5.0, 8.0, 11.0])
+
+
+def test_what_a_task_asks_for_when_it_begins_is_there_sooner():
+    first = Ordered(repeated((), lambda n: Task(0.0, (Message(1, ("a", n), 0.0, asked=True),), True)))
+    second = Ordered(repeated(("a",), lambda n: Task(3.0, (), True, asks=(("a", n + 1),))))
+    run = simulate([first, second], Cluster((1.0, 1.0), Link(1, latency=500)), 4)
+    assert run.ends[1] == pytest.approx([4.0, 7.0, 10.0, 13.0])

@@ -6,12 +6,13 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
+from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble, _add_send_recv
 
 from blockprop.planning.cluster import Cluster, Link
 from blockprop.planning.costs import Layer, Passes
-from blockprop.planning.methods import folded
-from blockprop.planning.plan import METHODS, SYNCHRONOUS, Setting, no_faster, plan
+from blockprop.planning.events import Message, Ordered, Step, Task, simulate
+from blockprop.planning.methods import folded, questions
+from blockprop.planning.plan import METHODS, SYNCHRONOUS, Setting, all_reduce, no_faster, plan
 from blockprop.schedules import pipelined
 
 FAST = Link(1e9)
@@ -118,6 +119,30 @@ def test_ddp_moves_twice_the_weights_and_overlaps_none_of_the_last_bucket():
     assert seconds(layers, alike(2), "ddp") == pytest.approx(3, rel=1e-3)
 
 
+@pytest.mark.parametrize("segments", [2, 3, 8])
+@pytest.mark.parametrize("latency", [0, 20, 900])
+def test_two_devices_pass_on_segments_as_gloo_does(segments, latency):
+    """Each has two on their way, and asks for another one when the first of them is there; summed up, then shared."""
+    link = Link(8 * 1.048576, latency)  # 1 MiB/s
+
+    def steps(other):
+        for batch in itertools.count():
+            for n in range(segments + 2):
+                if n >= 2:
+                    yield Step(((batch, n - 2),), Task(0.0, (), n == segments + 1))
+                if n < segments:
+                    yield Step((), Task(0.0, (Message(other, (batch, n), 2**20, asked=True),), asks=((batch, n),)))
+
+    run = simulate([Ordered(steps(1)), Ordered(steps(0))], Cluster((1.0, 1.0), link), 4)
+    assert 2 * (run.ends[0][3] - run.ends[0][2]) == pytest.approx(all_reduce(2 * segments * 2**20, 2, link))
+
+
+def test_many_devices_do_not_go_round_a_ring_of_long_latencies():
+    link = Link(1000, 20)
+    assert all_reduce(1e6, 1024, link) == pytest.approx(2 * 0.008 + 20 * 0.02, rel=0.01)
+    assert all_reduce(1e9, 8, Link(1000, 0.01)) == pytest.approx(2 * 7 / 8 * 8, rel=0.01)
+
+
 def test_ddp_waits_for_the_slowest_and_leaves_devices_without_an_example_alone():
     layers = [layer()] * 4
     assert seconds(layers, Cluster((1.0, 0.5), FAST), "ddp") == pytest.approx(12, rel=1e-3)
@@ -215,15 +240,42 @@ def test_mistakes(make, message):
 @pytest.mark.parametrize("devices", [2, 3, 4])
 @pytest.mark.parametrize("microbatches", [1, 2, 4, 9])
 def test_the_order_of_zbv_is_that_of_torch(devices, microbatches):
-    theirs = ScheduleZBVZeroBubble.__new__(ScheduleZBVZeroBubble)
-    theirs.pp_group_size, theirs.num_stages, theirs._n_microbatches = devices, 2 * devices, microbatches
-    names = {"FORWARD": "F", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+    theirs = zbv(devices, microbatches)
     for k in range(devices):
         done, ours = Counter(), []
         for kind, half in folded(k, devices, microbatches):
             ours.append((kind, 2 * devices - 1 - k if half else k, done[kind, half]))
             done[kind, half] += 1
-        wanted = [one for one in theirs._calculate_single_rank_operations(k) if one is not None]
-        assert [one for one in ours if one[2] < microbatches] == [
-            (names[one.computation_type.name], one.stage_index, one.microbatch_index) for one in wanted
-        ]
+        assert [one for one in ours if one[2] < microbatches] == [words(one) for one in theirs[k]]
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+@pytest.mark.parametrize("microbatches", [1, 2, 4, 9])
+def test_zbv_asks_for_messages_where_torch_does(devices, microbatches):
+    theirs = zbv(devices, microbatches)
+    home = [*range(devices), *reversed(range(devices))]
+    found = questions([[words(one) for one in theirs[k]] for k in range(devices)], home)
+    wanted = _add_send_recv(theirs, home.__getitem__, 2 * devices)
+    for k in range(devices):
+        asked, passes = [], []
+        for one in wanted[k]:
+            name = one.computation_type.name
+            if name.startswith("RECV"):
+                asked.append(("F" if name == "RECV_F" else "I", one.stage_index, one.microbatch_index))
+            elif not name.startswith("SEND"):
+                passes.append(asked)
+                asked = []
+        assert found[k] == passes
+        assert not asked
+
+
+def zbv(devices, microbatches):
+    """By device, the passes of torch's schedule."""
+    made = ScheduleZBVZeroBubble.__new__(ScheduleZBVZeroBubble)
+    made.pp_group_size, made.num_stages, made._n_microbatches = devices, 2 * devices, microbatches
+    return {k: [one for one in made._calculate_single_rank_operations(k) if one is not None] for k in range(devices)}
+
+
+def words(action):
+    names = {"FORWARD": "F", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+    return names[action.computation_type.name], action.stage_index, action.microbatch_index

@@ -3,11 +3,13 @@
 A device does one task at a time. What it does next its *program* says, from the messages that have come so far. At
 the end of a task its messages go out, each over the link from this device to that one: one after the other at the
 link's bandwidth, and there after its latency. A message to oneself is there at once. One that is *asked* for goes out
-only when the receiver has nothing else to do and has said so, which takes a latency as well.
+only when the receiver has said that it is ready for it: where its program says so, at the latest when it has nothing
+else to do. The question takes the way of the receiver's own messages, behind those that are on the link already.
 """
 
 import heapq
 import itertools
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -39,11 +41,13 @@ class Task(NamedTuple):
         seconds: on a device of speed 1 that works alone.
         sends: the messages that go out at its end.
         batch: whether the device is done with a batch at its end.
+        asks: tags of the messages that the device asks for as soon as it comes to this task.
     """
 
     seconds: float
     sends: tuple[Message, ...] = ()
     batch: bool = False
+    asks: tuple[Hashable, ...] = ()
 
 
 class Program(Protocol):
@@ -95,8 +99,11 @@ class Ordered:
         return task
 
     def wanted(self) -> Collection[Hashable]:
-        """What the next task needs and is not there."""
-        return [] if self._head is None else [tag for tag in self._head.needs if tag not in self._arrived]
+        """What the next task asks for, or needs and is not there."""
+        if self._head is None:
+            return []
+        needs, task = self._head
+        return [*task.asks, *(tag for tag in needs if tag not in self._arrived)]
 
 
 class Run(NamedTuple):
@@ -131,8 +138,11 @@ class _Links:
 
     def __init__(self, link: Link) -> None:
         self._link, self._latency = link, link.latency / 1e3
-        self._free: dict[tuple[int, int], float] = {}
-        self._asked: dict[tuple[int, Hashable], float] = {}  # when the sender hears of it
+        # by sender and receiver: when each message joined the queue, and when it is through
+        self._queues: defaultdict[int, defaultdict[int, list[tuple[float, float]]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        self._asked: dict[tuple[int, Hashable], tuple[float, dict[int, float]]] = {}  # when, and behind what
         self._held: dict[tuple[int, Hashable], tuple[int, Message]] = {}  # with its sender
 
     def send(self, sender: int, message: Message, now: float) -> list[_Arrival]:
@@ -141,7 +151,7 @@ class _Links:
         if not message.asked:
             return self._go(sender, message, now)
         if awaited in self._asked:
-            return self._go(sender, message, max(now, self._asked[awaited]))
+            return self._go(sender, message, max(now, self._heard(sender, *self._asked[awaited])))
         self._held[awaited] = sender, message
         return []
 
@@ -150,15 +160,28 @@ class _Links:
         found = []
         for awaited in ((device, tag) for tag in tags):
             if awaited not in self._asked:
-                self._asked[awaited] = now + self._latency
+                self._asked[awaited] = now, {there: self._behind(device, there, now) for there in self._queues[device]}
                 if awaited in self._held:
-                    found += self._go(*self._held.pop(awaited), now + self._latency)
+                    sender, message = self._held.pop(awaited)
+                    found += self._go(sender, message, self._heard(sender, *self._asked[awaited]))
         return found
 
+    def _behind(self, sender: int, receiver: int, now: float) -> float:
+        """When the messages are through that have joined a link's queue up to now."""
+        queue = self._queues[sender][receiver]
+        while len(queue) > 1 and queue[1][1] <= now:
+            del queue[0]
+        return max((through for joined, through in queue if joined <= now), default=0.0)
+
+    def _heard(self, sender: int, now: float, behind: dict[int, float]) -> float:
+        """When a sender hears a question that was put now, behind what was on the links of who asks."""
+        return max(now, behind.get(sender, 0.0)) + self._latency
+
     def _go(self, sender: int, message: Message, now: float) -> list[_Arrival]:
-        pair = sender, message.receiver
         if message.size:
-            now = self._free[pair] = max(now, self._free.get(pair, 0.0)) + self._link.occupied(message.size)
+            queue = self._queues[sender][message.receiver]
+            joined, now = now, max(now, queue[-1][1] if queue else 0.0) + self._link.occupied(message.size)
+            queue.append((joined, now))
         return [(now + self._latency, message.receiver, message.tag)]
 
 
@@ -205,6 +228,7 @@ def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run
         if task is None:
             hear(links.ask(device, programs[device].wanted(), now))
             return
+        hear(links.ask(device, task.asks, now))
         seconds = task.seconds / cluster.speeds[device] * (slower if working else 1.0)
         working += 1
         spent[device] += seconds

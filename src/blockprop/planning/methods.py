@@ -14,7 +14,18 @@ from blockprop.planning.costs import Layer
 from blockprop.planning.events import Message, Ordered, Program, Step, Task
 from blockprop.schedules import delay
 
-__all__ = ["QUEUE", "Block", "folded", "free_running", "gpipe", "lock_step", "one_f_one_b", "streaming", "zero_bubble"]
+__all__ = [
+    "QUEUE",
+    "Block",
+    "folded",
+    "free_running",
+    "gpipe",
+    "lock_step",
+    "one_f_one_b",
+    "questions",
+    "streaming",
+    "zero_bubble",
+]
 
 QUEUE = 8  # messages between two blocks that hear nothing of each other
 
@@ -149,6 +160,49 @@ def folded(k: int, devices: int, microbatches: int) -> _Order:
     return order
 
 
+_Pass = tuple[str, int, int]  # F, I or W, of a chunk, for a microbatch
+
+
+def _numbered(order: _Order, chunks: tuple[int, int], microbatches: int) -> list[_Pass]:
+    """The passes of an order, with those left out whose microbatches are not there."""
+    done: Counter[tuple[str, int]] = Counter()
+    found = []
+    for kind, half in order:
+        if done[kind, half] < microbatches:
+            found.append((kind, chunks[half], done[kind, half]))
+        done[kind, half] += 1
+    return found
+
+
+def questions(orders: Sequence[Sequence[_Pass]], home: Sequence[int]) -> list[list[list[_Pass]]]:
+    """For every pass of every device the messages that torch has it ask for as soon as it comes there.
+
+    All devices go through their orders side by side, each a pass further if what it needs is there; who sends puts the
+    question into the receiver's order, where that has come to.
+
+    Args:
+        orders: the passes of every device.
+        home: the device of every chunk.
+    """
+    asks: list[list[list[_Pass]]] = [[[] for _ in order] for order in orders]
+    done: set[_Pass] = set()
+    at = [0] * len(orders)
+    while any(place < len(order) for place, order in zip(at, orders, strict=True)):
+        for device, order in enumerate(orders):
+            if at[device] == len(order):
+                continue
+            kind, chunk, part = order[at[device]]
+            source, target = (chunk - 1, chunk + 1) if kind == "F" else (chunk + 1, chunk - 1)
+            if kind != "W" and 0 <= source < len(home) and (kind, source, part) not in done:
+                continue
+            at[device] += 1
+            done.add((kind, chunk, part))
+            there = home[target] if kind != "W" and 0 <= target < len(home) else device
+            if there != device and at[there] < len(orders[there]):
+                asks[there][at[there]].append((kind, target, part))
+    return asks
+
+
 def zero_bubble(chunks: Sequence[Block], devices: int, microbatches: int) -> list[Program]:
     """Backward passes in two parts, of which only the input's is waited for (Qi et al. 2024).
 
@@ -160,30 +214,30 @@ def zero_bubble(chunks: Sequence[Block], devices: int, microbatches: int) -> lis
     of_device = folded if len(chunks) == 2 * devices else _straight
     home = [chunk if chunk < devices else 2 * devices - 1 - chunk for chunk in range(len(chunks))]
     below = _below(chunks)
+    orders = [
+        _numbered(of_device(k, devices, microbatches), (k, 2 * devices - 1 - k), microbatches) for k in range(devices)
+    ]
+    asks = questions(orders, home)
 
     def away(k: int, chunk: int) -> bool:
         return 0 <= chunk < len(chunks) and home[chunk] != k
 
     def steps(k: int) -> Iterator[Step]:
-        order = of_device(k, devices, microbatches)
         for batch in itertools.count():
-            done: Counter[tuple[str, int]] = Counter()
-            for kind, half in order:
-                chunk, part = 2 * devices - 1 - k if half else k, done[kind, half]
-                done[kind, half] += 1
-                if part >= microbatches:
-                    continue
-                block, tag = chunks[chunk], (kind, batch, chunk, part)
+            for (kind, chunk, part), asked in zip(orders[k], asks[k], strict=True):
+                block = chunks[chunk]
+                early = tuple((kind, batch, chunk, part) for kind, chunk, part in asked)
                 if kind == "W":
                     weights = max(0.0, block.backward - block.inputs) + block.taken
-                    yield Step((), Task(weights + (block.update if part else 0.0)))
+                    yield Step((), Task(weights + (block.update if part else 0.0), asks=early))
                     continue
                 source, target = (chunk - 1, chunk + 1) if kind == "F" else (chunk + 1, chunk - 1)
                 size, seconds = (block.sent, block.forward) if kind == "F" else (below[chunk], block.inputs)
                 sends = (
                     (Message(home[target], (kind, batch, target, part), size, asked=True),) if away(k, target) else ()
                 )
-                yield Step((tag,) if away(k, source) else (), Task(seconds, sends))
+                needs = ((kind, batch, chunk, part),) if away(k, source) else ()
+                yield Step(needs, Task(seconds, sends, asks=early))
             yield Step((), Task(sum(chunk.update for c, chunk in enumerate(chunks) if home[c] == k), (), True))
 
     return [Ordered(steps(k)) for k in range(devices)]
