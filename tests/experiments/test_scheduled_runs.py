@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from blockprop.cli import main
+from blockprop.experiments.settings import Settings
 
 QUICK = ["--data", "digits", "--width", "16", "--depth", "4", "--blocks", "3", "--quiet", "--threads", "1"]
 PIPELINED, CACHED = ["--schedule", "pipelined"], ["--schedule", "cached"]
@@ -70,6 +71,20 @@ def test_what_was_chosen_is_recorded(tmp_path):
     assert config["microbatches"] == 3  # 2(K - 1) = 4 would leave fewer than four examples
     assert train(tmp_path / "cached", *CACHED) == 0
     assert json.loads((tmp_path / "cached/config.json").read_text())["cache"] == "memory"
+
+
+@pytest.mark.parametrize(
+    ("more", "microbatches"),
+    [
+        ({"blocks": 8}, 14),
+        ({"blocks": 8, "batch_size": 32}, 8),
+        ({"blocks": 8, "batch_size": 32, "data": "shakespeare"}, 14),
+        ({"blocks": 4, "latency": 3}, 15),
+        ({"blocks": 4, "microbatches": 3}, 3),
+    ],
+)
+def test_a_batch_has_as_many_microbatches_as_there_are_ticks_until_feedback(more, microbatches):
+    assert Settings(schedule="pipelined", **more).resolved().microbatches == microbatches
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The settings of a run: each declared once, for the command line, for Python, and for `config.json`."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -211,8 +212,8 @@ class Settings:
         int | None,
         _option(
             _SCHEDULE,
-            "Parts of a batch in the pipeline; more of them make feedback younger. Default: 2(K - 1), of four examples "
-            "or more.",
+            "Parts of a batch in the pipeline; more of them make feedback younger. Default: as many as there are ticks "
+            "until feedback, 2(K - 1) and more with --latency; of four examples or more, of text one.",
         ),
     ] = None
     latency: Annotated[int, _option(_SCHEDULE, "Every message takes up to so many ticks longer, drawn at random.")] = 0
@@ -321,8 +322,7 @@ class Settings:
         if unused := self.unused():
             defaults = Settings()
             return replace(self, **{key: getattr(defaults, key) for key in unused}).resolved()
-        text = self.data == "shakespeare" or self.data not in NAMES
-        model = self.model or ("gpt" if text else "mlp")
+        model = self.model or ("gpt" if self.text else "mlp")
         name, lr, momentum = _OPTIMIZERS.get(model, _OPTIMIZERS["mlp"])
         if self.optimizer not in (None, name):
             name = self.optimizer
@@ -351,10 +351,10 @@ class Settings:
                 f"--block-lr lists {len(self.block_lr)} step sizes for {blocks} blocks; expected one per block"
             )
         augment = self.data == "cifar10" if self.augment is None else self.augment
-        if self.who_does_what == "cached" and (text or augment):
+        if self.who_does_what == "cached" and (self.text or augment):
             raise ValueError(
                 f"--schedule cached keeps feedback by example, and {self.data} shows an example differently in every "
-                f"epoch; expected a fixed view: {'other data' if text else '--no-augment'}"
+                f"epoch; expected a fixed view: {'other data' if self.text else '--no-augment'}"
             )
         self._check_processes()
         unsaid = self.epochs is None and self.steps is None
@@ -497,7 +497,14 @@ class Settings:
         """M, microbatches of a batch, chosen if need be; None where there are none."""
         if self.who_does_what != "pipelined" or self.microbatches is not None or self.policy == "free-running":
             return self.microbatches
-        return max(1, min(2 * (self.blocks - 1), self.batch_size // 4))
+        ticks = math.ceil(2 * (self.blocks - 1) * (1 + self.latency / 2))
+        least = 1 if self.text else 4  # a window of text is as many predictions as it has characters
+        return max(1, min(ticks, self.batch_size // least))
+
+    @property
+    def text(self) -> bool:
+        """Whether the examples are windows of text."""
+        return self.data == "shakespeare" or self.data not in NAMES
 
     def _h_lr(self) -> float | None:
         """γ_h as the links will have it; None where it differs from one to the next, or the solver has none."""
