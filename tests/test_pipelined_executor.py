@@ -154,6 +154,30 @@ def test_microbatches_of_a_frozen_network_add_up_to_the_batch():
         assert any(found.shape == one.shape and torch.allclose(found, one, rtol=1e-9) for one in expected)
 
 
+class Shifted(nn.Module):
+    """Of one example the gradients in the input and in the weight are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(1, 12))
+
+    def forward(self, x):
+        return x + self.by
+
+
+def test_feedback_on_its_way_is_no_part_of_a_sum_of_gradients():
+    model = nn.Sequential(nn.Linear(6, 12), Shifted(), nn.Linear(12, 4)).double()
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    executor = PipelinedExecutor(microbatches=5, latency=Latency(3, seed=1))
+    algo = blockprop.BlockProp(blockprop.split(model, 3, by="layers"), CE, sgd(0.0), executor=executor)
+    seen = []
+    algo.wsteps[0].optimizer.register_step_pre_hook(lambda *_: seen.append(model[0].weight.grad.clone()))
+    algo.step(x, y)
+    algo.finish()
+    (expected,) = torch.autograd.grad(CE(model(x), y), [model[0].weight])
+    torch.testing.assert_close(seen, [expected])
+
+
 def test_a_batch_smaller_than_its_parts():
     algo = trainer(PipelinedExecutor(microbatches=4), 2, mlp(depth=4))
     for n in (8, 3, 1, 8):

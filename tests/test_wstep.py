@@ -30,6 +30,19 @@ def test_gradients_are_divided_and_added():
     assert a.grad is None
 
 
+def test_a_sum_is_added_to_in_place_unless_somebody_holds_it():
+    (a,) = parameters([0.0])
+    wstep = WStep([a], sgd(1.0))
+    wstep.add([torch.tensor([1.0])])
+    first = a.grad
+    wstep.add([torch.tensor([2.0])])
+    assert a.grad is first
+    assert wstep.hold() == [first]
+    wstep.add([torch.tensor([4.0])])
+    assert a.grad.tolist() == [7.0]
+    assert first.tolist() == [3.0]
+
+
 @pytest.mark.parametrize(("clip", "norm"), [(1.0, 1.0), (100.0, 5.0), (None, 5.0)])
 def test_clipping_is_of_the_blocks_whole_gradient(clip, norm):
     a, b = parameters([0.0], [0.0])

@@ -274,7 +274,7 @@ class BlockProp(_Trained):
 
     def _run(self, inputs: Tensor | None, targets: Tensor | None, ids: Tensor | None, *, update: bool) -> StepReport:
         check_batch(inputs, targets)
-        before = [[parameter.grad for parameter in wstep.parameters] for wstep in self.wsteps]
+        before = [wstep.hold() for wstep in self.wsteps]
         calls = [wstep.calls for wstep in self.wsteps]
         try:
             with torch.enable_grad():

@@ -39,7 +39,7 @@ def _untouched(algo: BlockProp) -> Iterator[None]:
     """Leave random state, buffers and accumulated gradients as they were."""
     devices = {parameter.device for parameter in algo.blocks.model.parameters() if parameter.is_cuda}
     buffers = [(buffer, buffer.clone()) for buffer in algo.blocks.model.buffers()]
-    gradients = [[parameter.grad for parameter in wstep.parameters] for wstep in algo.wsteps]
+    gradients = [wstep.hold() for wstep in algo.wsteps]
     with torch.random.fork_rng(devices=list(devices)):
         for wstep in algo.wsteps:
             wstep.forget()

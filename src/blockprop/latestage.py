@@ -21,7 +21,7 @@ from blockprop.correction import Correction
 from blockprop.evaluation import Evaluation
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
-from blockprop.objective import TargetTerm, UpperTerm, projected
+from blockprop.objective import LossTerm, TargetTerm, UpperTerm, projected
 from blockprop.stage import Feedback, Stage
 
 __all__ = ["LateStage", "Learnt", "Points"]
@@ -89,7 +89,7 @@ class LateStage:
         self._velocity: list[Tensor] = []  # running mean of the updates
         self._copy: tuple[int, dict[str, Tensor]] | None = None  # the weights to forward with, and since which update
         self._fresh = False  # a gradient that is not yet used
-        self._latest: tuple[Evaluation, UpperTerm | Tensor] | None = None  # what was learnt from last
+        self._latest: tuple[Evaluation, UpperTerm] | None = None  # what was learnt from last
 
     @property
     def link(self) -> int:
@@ -142,15 +142,18 @@ class LateStage:
             quiet: whether no feedback is due, and no h-step to be made; default False.
 
         Returns:
-            The mean loss, and the feedback for the block below, if there is one.
+            The loss, as much of the batch's mean as is this microbatch's; and the feedback for the block below, if
+            there is one.
         """
-        evaluation = self.flights.pop(number)
+        evaluation, loss = self.flights.pop(number), self.stage.above
         del self._sent[number]
+        assert isinstance(loss, OutputLoss)
         self._fresh = True
-        self._latest = evaluation, labels
+        target = LossTerm(loss, labels.to(self.stage.device), share)
+        self._latest = evaluation, target
         if quiet:
-            return self.stage.add_gradient(evaluation, labels, share=share), None
-        return self.stage.train(evaluation, labels, share=share)
+            return self.stage.add_gradient(evaluation, target), None
+        return self.stage.train(evaluation, target)
 
     def learn(
         self,
@@ -188,13 +191,13 @@ class LateStage:
                 self.measured(points, slopes)
         whole = gluing.direction * gluing.count
         if ids is not None and self.cache is not None:
-            self._count = gluing.count / len(old)
+            self._count = gluing.count * share / len(old)
             self._store(ids, old, whole, tick)
         kappa, across = (one.at(self.link, whole) for one in (correction.curvature, correction.across))
         target = TargetTerm(old, gluing.direction, gluing.count, kappa, correction.along, across)
-        before = [p.grad for p in self.stage.wstep.parameters]
+        before = self.stage.wstep.hold() if correction.compensation else []
         self._latest = None if correction.reuse else (evaluation, target)
-        _, feedback = self.stage.train(evaluation, target, share=share)
+        _, feedback = self.stage.train(evaluation, target)
         if correction.compensation:
             self._compensate(before, list(evaluation.weights.values()))
         return Learnt(feedback, gluing.squared_sum / len(new), tick - sent, _drift(new, old))
@@ -219,10 +222,11 @@ class LateStage:
         anchor = torch.where(known.to(output.device), anchor, output)
         self.cache.visit(ids)
         self._fresh = True
-        slope = Gluing(anchor, direction / (self._count * len(output)), self._count * len(output))
+        count = self._count * len(output) / share
+        slope = Gluing(anchor, direction / count, count)
         kappa = self.correction.curvature.at(self.link, direction)
         target = TargetTerm(anchor, slope.direction, slope.count, kappa, along=True)
-        self.stage.add_gradient(evaluation, target, share=share)
+        self.stage.add_gradient(evaluation, target)
         age = float(self.cache.visits(ids)[0].float().mean())
         return Learnt(None, slope.squared_sum / len(output), age, _drift(output, anchor), cached=True)
 

@@ -145,14 +145,23 @@ def projected(moved: Tensor, slope: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """ℓ(y, b_K(h_K))."""
+    """ℓ(y, b_K(h_K)).
+
+    Attributes:
+        loss: ℓ.
+        targets: y, N rows.
+        share: of a microbatch in its batch, default 1: the mean is over the predictions of the whole batch, and so are
+            all slopes and gradients below.
+    """
 
     loss: OutputLoss
     targets: Tensor
+    share: float = 1.0
 
     def mean(self, output: Tensor) -> tuple[Tensor, float]:
-        """The mean output loss and the number of predictions."""
-        return self.loss(output.float() if output.dtype == torch.bfloat16 else output, self.targets)
+        """The mean output loss and the number of predictions that it is over."""
+        mean, count = self.loss(output.float() if output.dtype == torch.bfloat16 else output, self.targets)
+        return (mean, count) if self.share == 1 else (mean * self.share, count / self.share)
 
     def root(self, output: Tensor) -> Root:
         """The mean loss."""

@@ -158,9 +158,7 @@ class Stage:
         assert isinstance(target, Tensor)
         return LossTerm(self.above, target.to(self.device))
 
-    def h_step(
-        self, evaluation: Evaluation, target: Gluing | Tensor | UpperTerm, *, with_gradient: bool, share: float = 1.0
-    ) -> Feedback:
+    def h_step(self, evaluation: Evaluation, target: Gluing | Tensor | UpperTerm, *, with_gradient: bool) -> Feedback:
         """Improve this block's gluing variable h_k: solve Eq. (5) (Algorithm 1, lines 4-6).
 
         Args:
@@ -168,7 +166,6 @@ class Stage:
             target: h*_{k+1}, or the labels for the last block.
             with_gradient: take the gradient of J_k from the same backward pass, where the form allows it; the
                 graph is then used up.
-            share: by what that gradient is multiplied, default 1: a microbatch's share of its batch.
 
         Returns:
             h*_k for the block below.
@@ -180,7 +177,9 @@ class Stage:
         weights = (list(evaluation.weights.values()) or self.wstep.parameters) if joint else []
         slope, *gradients = root.gradients([evaluation.input, *weights], keep_graph=not joint)
         if joint:
-            self.wstep.add(gradients, self.scale / share)
+            if slope is not None and any(g is not None and g.data_ptr() == slope.data_ptr() for g in gradients):
+                slope = slope.clone()  # of a weight that is added to the input: its sum may be added to in place
+            self.wstep.add(gradients, self.scale)
         problem = GluingProblem(evaluation, term, self.below.penalty)
         problem.know_anchor(root, slope)
         solution = self.below.solver.solve(problem)
@@ -191,8 +190,6 @@ class Stage:
         evaluation: Evaluation,
         target: Gluing | Tensor | UpperTerm,
         feedback: Feedback | None = None,
-        *,
-        share: float = 1.0,
     ) -> Tensor:
         """The gradient of J_k (Eqs. 6, 7) on its own, onto the parameters' `.grad` (Algorithm 1, line 8).
 
@@ -200,7 +197,6 @@ class Stage:
             evaluation: this block on this batch; its graph is used up where the gradient is taken on it.
             target: h*_{k+1}, or the labels for the last block.
             feedback: this block's own h-step, where the form takes the gradient at h*_k.
-            share: as in `h_step`.
 
         Returns:
             J_k, the mean over predictions at the point where the gradient was taken: a scalar.
@@ -216,28 +212,25 @@ class Stage:
         root = self.term(target).root(output)
         if self.wstep.parameters:
             weights = list(evaluation.weights.values()) or self.wstep.parameters
-            self.wstep.add(root.gradients(weights), self.scale / share)
+            self.wstep.add(root.gradients(weights), self.scale)
         return root.mean
 
-    def train(
-        self, evaluation: Evaluation, target: Gluing | Tensor | UpperTerm, *, share: float = 1.0
-    ) -> tuple[Tensor, Feedback | None]:
+    def train(self, evaluation: Evaluation, target: Gluing | Tensor | UpperTerm) -> tuple[Tensor, Feedback | None]:
         """The h-step and the gradient of J_k, in as few passes as the form allows.
 
         Args:
             evaluation: this block on this batch; its graph is used up.
             target: h*_{k+1}, or the labels for the last block; or any term to put above the block.
-            share: as in `h_step`.
 
         Returns:
             The term above the block, mean over predictions; and the feedback for the block below (None for
             the first block).
         """
         if self.below is None:
-            return self.add_gradient(evaluation, target, share=share), None
-        feedback = self.h_step(evaluation, target, with_gradient=True, share=share)
+            return self.add_gradient(evaluation, target), None
+        feedback = self.h_step(evaluation, target, with_gradient=True)
         if not self.form.at_forward:
-            self.add_gradient(evaluation, target, feedback, share=share)
+            self.add_gradient(evaluation, target, feedback)
         return feedback.term, feedback
 
     def update(self) -> None:

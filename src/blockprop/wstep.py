@@ -68,6 +68,7 @@ class WStep:
         self.clip = clip
         self.accumulate = accumulate
         self.calls = 0
+        self._sums: list[Tensor | None] = [None] * len(self.parameters)  # that nobody else holds
         self.average: Callable[[Sequence[nn.Parameter]], None] | None = None
         """Called before every update, to average the gradients with those of the block's replicas elsewhere."""
 
@@ -75,7 +76,7 @@ class WStep:
         """Take the gradients of one batch, one per parameter, each divided by `divide_by`, onto `.grad`."""
         divisor = divide_by * self.accumulate
         seen: set[int] = set()
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             if gradient is None:
                 continue
             # autograd.grad may hand out one tensor twice, or one expanded from a scalar; clipping writes into them
@@ -84,10 +85,16 @@ class WStep:
             seen.add(gradient.data_ptr())
             if parameter.grad is None:
                 parameter.grad = gradient if divisor == 1 else gradient / divisor
+            elif parameter.grad is self._sums[index]:  # new memory of the weights' size is what a microbatch costs most
+                parameter.grad.add_(gradient, alpha=1 / divisor)
             else:
-                # one new tensor of the weights' size, which is what a microbatch costs most; never in place: others
-                # hold the sum as it was, to put it back or to subtract it
                 parameter.grad = torch.add(parameter.grad, gradient, alpha=1 / divisor)
+            self._sums[index] = parameter.grad
+
+    def hold(self) -> list[Tensor | None]:
+        """The gradients taken so far, to be put back or subtracted later: `add` leaves these tensors as they are."""
+        self._sums = [None] * len(self.parameters)
+        return [parameter.grad for parameter in self.parameters]
 
     def update(self) -> None:
         """Clip, step the optimizer and the scheduler, forget the gradients; on every `accumulate`-th call."""
@@ -107,6 +114,7 @@ class WStep:
         """Drop the gradients taken so far; what a step that failed has left."""
         for parameter in self.parameters:
             parameter.grad = None
+        self._sums = [None] * len(self.parameters)
 
     @property
     def lr(self) -> float:
@@ -119,7 +127,7 @@ class WStep:
             "calls": self.calls,
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
-            "gradients": [parameter.grad for parameter in self.parameters],
+            "gradients": self.hold(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -248,11 +248,11 @@ class PipelinedExecutor:
     def _backward(self, late: LateStage, number: int, part: _Part, asks: bool, report: "_Report") -> None:
         assert self._mail is not None
         mail, k = self._mail, late.stage.index
-        before = [p.grad for p in late.stage.wstep.parameters] if self._watched else []
+        before = late.stage.wstep.hold() if self._watched else []
         if late.top:
             assert part.labels is not None
             term, feedback = late.learn_top(number, part.labels, part.share, quiet=self._quiet(number))
-            report.loss(check_finite(term), part)
+            report.loss(check_finite(term), part.share)
         elif self._quiet(number):
             assert part.ids is not None
             learnt = late.learn_cached(number, part.ids, part.share)
@@ -361,9 +361,9 @@ class _Report:
         self._links: list[LinkReport | None] = [None] * links
         self.waited = 0.0
 
-    def loss(self, value: float, part: _Part) -> None:
-        self._loss[0] += value * part.share
-        self._loss[1] += part.share
+    def loss(self, value: float, share: float) -> None:
+        self._loss[0] += value
+        self._loss[1] += share
 
     def link(self, link: int, learnt: Learnt) -> None:
         self._links[link] = LinkReport.of_late(learnt)
