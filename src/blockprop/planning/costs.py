@@ -49,7 +49,7 @@ class Layer:
         update: a step of the optimizer, in seconds.
         output_bytes: of one example's output.
         weight_bytes: of its weights.
-        taken: seconds of scaling a microbatch's gradient and adding it to the others', on average; default 0.
+        taken: seconds that a further microbatch's gradients cost in new memory of the weights' size; default 0.
         copied: seconds of copying its weights, as stashing does; default 0.
     """
 
@@ -253,8 +253,8 @@ def _on_weights(
 ) -> list[tuple[float, float, float]]:
     """Seconds of what is done with each layer's weights, all in turn.
 
-    They are a step of the optimizer; scaling a gradient and adding one to it, of which a batch's first microbatch has
-    the one and the others have the other, so half of both; and a copy.
+    They are a step of the optimizer; a gradient's way into new memory, which a further microbatch's gradients take and
+    a pass measured alone does not, as half of two such ways; and a copy.
     """
     weights = [list(layer.parameters()) for layer in chain]
     for parameter in (p for own in weights for p in own):

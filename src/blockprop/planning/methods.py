@@ -41,7 +41,7 @@ class Block:
         inputs: a backward pass for the input alone, as zero bubble makes it first.
         update: a step of its optimizer. Adding a microbatch's gradient in place takes as long: it moves as much.
         sent: bytes of its output, and of the feedback that comes back for it.
-        taken: scaling a microbatch's gradient and adding it, as BlockProp does, which leaves the old sum as it was.
+        taken: a microbatch's gradients in new memory, which a pass measured alone does not show, and adding them.
         copied: a copy of its weights.
     """
 
