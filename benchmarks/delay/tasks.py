@@ -10,6 +10,8 @@ from blockprop.experiments.settings import Settings
 BACKPROP, WARM_BACKPROP = "backprop", "backprop, warm-up"
 DELAYED, DEFAULT = "delayed gradient", "targets, microbatches, warm-up"
 """The baseline, with and without a warm-up; the naive pipeline; and the default of `--schedule pipelined`."""
+ALIKE = "targets in all directions, microbatches, warm-up"
+"""The default but for one κ of a link instead of two."""
 ASTRAY = "the default, messages up to 4 x as late, 5 % lost"
 
 
@@ -145,7 +147,7 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
         "targets, κ measured along and across, warm-up": pipelined | warm,
         "targets, κ measured per example, warm-up": pipelined | warm | {"per_example": True},
         "delayed gradient, microbatches, warm-up": gradient | warm | {"microbatches": None},
-        "targets in all directions, microbatches, warm-up": alike | warm | {"microbatches": None},
+        ALIKE: alike | warm | {"microbatches": None},
         DEFAULT: pipelined | warm | {"microbatches": None},
         "targets per example, microbatches, warm-up": pipelined | warm | {"microbatches": None, "per_example": True},
         "PipeMare: annealing and prediction": gradient | {"delay_annealing": quarter, "prediction": 1.0},
