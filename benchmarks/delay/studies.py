@@ -55,7 +55,7 @@ def tuning(task: Task) -> Study:
 
 
 def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
-    """Backprop, the delayed gradient, the default, alone and with one κ, or astray, and the best others, on three seeds.
+    """Backprop, the delayed gradient, the default, with one κ, and astray, and the best others, on three seeds.
 
     Args:
         task: the task.
