@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from blockprop.data import NAMES
 from blockprop.experiments.comparison import Plan, Planned, folder_name, work_off
 from blockprop.experiments.folder import read_json
 from blockprop.experiments.progress import SweepProgress
@@ -49,7 +48,7 @@ class Row:
     @property
     def by_loss(self) -> bool:
         """Whether it is judged by loss, as language models are, and not by accuracy."""
-        return self.settings.data == "shakespeare" or self.settings.data not in NAMES
+        return self.settings.text
 
 
 @dataclass(frozen=True)
