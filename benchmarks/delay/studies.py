@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.delay import tables
-from benchmarks.delay.tasks import ALIKE, ASTRAY, BACKPROP, DEFAULT, DELAYED, Task, astray, methods
+from benchmarks.delay.tasks import ASTRAY, BACKPROP, DEFAULT, DELAYED, WARM_BACKPROP, Task, astray, methods
 from blockprop.studies.study import Outcome, Row, Study
 
 STYLES: dict[str, tuple[tuple[str, Any], ...]] = {
@@ -55,7 +55,7 @@ def tuning(task: Task) -> Study:
 
 
 def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
-    """Backprop, the delayed gradient, the default, with one κ, and astray, and the best others, on three seeds.
+    """Backprop with and without a warm-up, the delayed gradient, the default, also astray, and the best others.
 
     Args:
         task: the task.
@@ -67,8 +67,8 @@ def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
     best = sorted(others, key=lambda name: math.inf if (loss := losses[name]) is None else loss)[:3]
     lrs[ASTRAY] = lrs[DEFAULT]
     lighter = [name for name in lrs if name == f"{BACKPROP}, momentum {task.lighter}"]
-    alike = [name for name in lrs if name == ALIKE]  # a brief task has it not
-    chosen = list(dict.fromkeys([BACKPROP, *lighter, DELAYED, *best, *alike, DEFAULT, ASTRAY]))
+    warm = [name for name in lrs if name == WARM_BACKPROP]  # a brief task has it not
+    chosen = list(dict.fromkeys([BACKPROP, *warm, *lighter, DELAYED, *best, DEFAULT, ASTRAY]))
     rows = tuple(row(task, method, blocks, lr=lrs[method]) for blocks in task.cuts for method in chosen)
     return _study(f"delay-{task.name}", task.title, rows, (0,) if task.brief else (0, 1, 2), task)
 

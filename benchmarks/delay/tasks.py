@@ -10,8 +10,6 @@ from blockprop.experiments.settings import Settings
 BACKPROP, WARM_BACKPROP = "backprop", "backprop, warm-up"
 DELAYED, DEFAULT = "delayed gradient", "targets, microbatches, warm-up"
 """The baseline, with and without a warm-up; the naive pipeline; and the default of `--schedule pipelined`."""
-ALIKE = "targets in all directions, microbatches, warm-up"
-"""The default but for one κ of a link instead of two."""
 ASTRAY = "the default, messages up to 4 x as late, 5 % lost"
 
 
@@ -129,7 +127,8 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
     pipelined = {"algorithm": "blockprop", "schedule": "pipelined", "microbatches": 1, "warmup": 0}
     gradient = pipelined | {"feedback": "gradient"}
     stashed = pipelined | {"feedback": "stashed"}
-    alike = pipelined | {"directions": "all"}
+    apart = pipelined | {"directions": "both"}
+    each = apart | {"per_example": True}
     # a tenth of a whole run, as is the default; in numbers, since the runs that choose a step size are shorter
     warm = {"warmup": 2 * task.budget // 10}
     quarter = task.budget // 4
@@ -140,16 +139,16 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
         "delayed gradient, warm-up": gradient | warm,
         "delayed gradient, stashed weights": stashed,
         "delayed gradient, stashed weights, warm-up": stashed | warm,
-        "targets, κ = 0.1": alike | {"curvature": 0.1},
-        "targets, κ measured": alike,
-        "targets, κ measured, warm-up": alike | warm,
-        "targets, κ measured along and across": pipelined,
-        "targets, κ measured along and across, warm-up": pipelined | warm,
-        "targets, κ measured per example, warm-up": pipelined | warm | {"per_example": True},
+        "targets, κ = 0.1": pipelined | {"curvature": 0.1},
+        "targets, κ measured": pipelined,
+        "targets, κ measured, warm-up": pipelined | warm,
+        "targets along and across": apart,
+        "targets along and across, warm-up": apart | warm,
+        "targets along and across, per example, warm-up": each | warm,
         "delayed gradient, microbatches, warm-up": gradient | warm | {"microbatches": None},
-        ALIKE: alike | warm | {"microbatches": None},
         DEFAULT: pipelined | warm | {"microbatches": None},
-        "targets per example, microbatches, warm-up": pipelined | warm | {"microbatches": None, "per_example": True},
+        "targets along and across, microbatches, warm-up": apart | warm | {"microbatches": None},
+        "targets along and across, per example, microbatches, warm-up": each | warm | {"microbatches": None},
         "PipeMare: annealing and prediction": gradient | {"delay_annealing": quarter, "prediction": 1.0},
         "SpecTrain: weight prediction": gradient | {"prediction": 1.0},
         "DC-ASGD, λ = 0.1": stashed | {"compensation": 0.1},
@@ -163,7 +162,7 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
             f"{method}, momentum {task.lighter}": found[method] | lighter for method in (BACKPROP, DELAYED, DEFAULT)
         }
     if task.brief:
-        few = (BACKPROP, DELAYED, "delayed gradient, warm-up", "targets, κ measured along and across, warm-up", DEFAULT)
+        few = (BACKPROP, DELAYED, "delayed gradient, warm-up", "targets, κ measured, warm-up", DEFAULT)
         return {method: found[method] for method in few}
     return found
 

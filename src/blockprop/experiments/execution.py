@@ -68,11 +68,12 @@ def _curvature(settings: Settings) -> Curvature:
 
 
 def _correction(settings: Settings) -> Correction:
-    # a κ that is given is for all directions
-    apart = settings.feedback == "target" and settings.curvature == "auto" and settings.directions == "both"
+    # cached feedback is old, and κ is then far larger along its slope; one that is given is for both
+    directions = "both" if settings.who_does_what == "cached" else settings.directions
+    apart = settings.feedback == "target" and settings.curvature == "auto" and directions == "both"
     return Correction(
         curvature=_curvature(settings),
-        along=apart or settings.directions == "along",
+        along=apart or directions == "along",
         across=_curvature(settings) if apart else None,
         # with a cache a visit has three passes, those with feedback too
         reuse=settings.feedback == "stashed" or settings.who_does_what == "cached",

@@ -181,7 +181,7 @@ class Settings:
             "Where κ acts: in all directions alike; along each example's own slope alone, as if cached; or "
             "along and across it, measured apart.",
         ),
-    ] = "both"
+    ] = "all"
     per_example: Annotated[
         bool,
         _option(
