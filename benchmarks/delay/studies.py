@@ -160,7 +160,8 @@ def row(task: Task, method: str, blocks: int, lrs: tuple[float, ...] = (), lr: f
         **chosen,
     )
     panel = f"{task.title}, K = {blocks}"
-    return Row(panel, method, settings, lrs, style=STYLES.get(method, ()), tuning_steps=task.budget)
+    tuning = {"steps": task.budget} | task.tuning
+    return Row(panel, method, settings, lrs, style=STYLES.get(method, ()), tuning=tuple(tuning.items()))
 
 
 def _study(name: str, title: str, rows: tuple[Row, ...], seeds: tuple[int, ...], task: Task) -> Study:

@@ -1,7 +1,7 @@
 """The networks that are trained under delay, and the methods that are compared on them."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Task:
         again: settings of the study of caches, in which the same examples come in several epochs; None where no two
             epochs show the same.
         long: steps of the longer row, with a warm-up and cosine decay; 0 for none.
+        tuning: what is other in the runs that choose a step size, beside their length.
         brief: few methods and few evaluations.
     """
 
@@ -42,6 +43,7 @@ class Task:
     cuts: tuple[int, ...] = (2, 4, 8)
     long: int = 0
     again: Settings | None = None
+    tuning: dict[str, Any] = field(default_factory=dict)
     brief: bool = False
 
     @property
@@ -92,6 +94,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
             {},
             characters,
             cuts=(4,),
+            tuning={"evaluate_every": 100},
         ),
         Task(
             "resnet",
@@ -102,6 +105,8 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
             math.log(10),
             lighter=0.8,
             again=replace(cifar, epochs=8, lr=0.05, train_size=3200, augment=False),
+            # only the last validation chooses, and fifty take as long as the training
+            tuning={"evaluate_every": 50},
         ),
     ]
     if quick:

@@ -101,7 +101,7 @@ def test_the_step_size_is_chosen_by_validation_with_a_seed_of_its_own(tmp_path):
 
 
 def test_the_runs_that_choose_a_step_size_may_be_shorter(tmp_path):
-    study = study_of(Row("p", "backprop", BACKPROP, lrs=(0.05, 0.1), tuning_steps=6), seeds=(0,))
+    study = study_of(Row("p", "backprop", BACKPROP, lrs=(0.05, 0.1), tuning=(("steps", 6),)), seeds=(0,))
     run_study(study, tmp_path, quiet=True)
     (outcome,) = study.outcomes(tmp_path)
     tuned = tmp_path.glob(f"runs/p/backprop/lr-*/seed-{TUNING_SEED}/summary.json")

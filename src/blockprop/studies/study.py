@@ -29,7 +29,7 @@ class Row:
             settings' own.
         style: how it is drawn: keywords of matplotlib's `plot`.
         at_most: how many of the study's seeds it has; default all.
-        tuning_steps: how long the runs are that a step size is chosen by; default as long as the others.
+        tuning: what is other in the runs that a step size is chosen by, such as fewer steps; default nothing.
     """
 
     panel: str
@@ -38,7 +38,7 @@ class Row:
     lrs: tuple[float, ...] = ()
     style: tuple[tuple[str, Any], ...] = ()
     at_most: int | None = None
-    tuning_steps: int | None = None
+    tuning: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -126,7 +126,7 @@ class Study:
         first: dict[tuple[Settings, tuple[float, ...], int | None], Path] = {}
         return {
             row: first.setdefault(
-                (row.settings.resolved(), row.lrs, row.tuning_steps),
+                (row.settings.resolved(), row.lrs, row.tuning),
                 out / "runs" / folder_name(row.panel) / folder_name(row.label),
             )
             for row in self.rows
@@ -219,9 +219,7 @@ def _place(folder: Path, seed: int, lr: float | None) -> Path:
 
 def _with(row: Row, seed: int, lr: float | None) -> Settings:
     settings = replace(row.settings, seed=seed, lr=row.settings.lr if lr is None else lr)
-    if seed == TUNING_SEED and row.tuning_steps is not None:
-        return replace(settings, steps=row.tuning_steps)
-    return settings
+    return replace(settings, **dict(row.tuning)) if seed == TUNING_SEED else settings
 
 
 def _chosen(row: Row, summaries: Sequence[dict[str, Any]]) -> float:
