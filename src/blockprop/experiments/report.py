@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from blockprop.experiments.conflicts import without_effect
 from blockprop.experiments.folder import read_json, settings_of
 from blockprop.experiments.settings import Settings
 from blockprop.metrics import read_metrics
@@ -82,7 +83,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     """
 
     def settings(run: Run) -> dict[str, str]:
-        own = _INCIDENTAL | set(run.settings.without_effect())
+        own = _INCIDENTAL | set(without_effect(run.settings))
         if run.settings.algorithm == "backprop" and run.settings.clip is None and not run.settings.block_lr:
             own |= {"blocks", "split_by"}
         return {key: _word(value) for key, value in run.config.items() if key not in own}

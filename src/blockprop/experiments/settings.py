@@ -9,6 +9,7 @@ import torch
 from cyclopts import Group, Parameter
 
 from blockprop.data import NAMES
+from blockprop.experiments import conflicts
 from blockprop.experiments.optimizers import USUAL_MOMENTUM, OptimizerName
 from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
@@ -17,7 +18,7 @@ from blockprop.penalties import Huber, Penalty, Squared
 from blockprop.schedules import delay
 from blockprop.split import SplitBy
 
-__all__ = ["BLOCKPROP_ONLY", "Settings"]
+__all__ = ["Settings"]
 
 _DATA = Group("Data", sort_key=1)
 _MODEL = Group("Model", sort_key=2)
@@ -40,35 +41,6 @@ _OPTIMIZERS: dict[str, tuple[OptimizerName, float, float]] = {
     "gpt": ("adamw", 3e-3, 0.9),
 }
 _STEP_SIZES = {"sgd": 0.1, "nesterov": 0.05, "muon": 0.02}
-BLOCKPROP_ONLY = (
-    "form",
-    "penalty",
-    "huber",
-    "h_steps",
-    "h_lr",
-    "h_solver",
-    "h_momentum",
-    "executor",
-    "recompute",
-    "diagnose_every",
-    "schedule",
-)
-"""Settings that backprop has no use for."""
-
-_CACHE_ONLY = ("cache", "cache_dtype", "cache_limit", "refresh", "replay")
-_PIPELINE_ONLY = (
-    "feedback",
-    "directions",
-    "microbatches",
-    "latency",
-    "lost",
-    "prediction",
-    "compensation",
-    "delay_annealing",
-)
-_PROCESSES_ONLY = ("policy", "in_flight", "repeats", "messages", "replicas")
-_LOCK_STEP_ONLY = ("microbatches", "latency", "lost")
-
 _EPOCHS = {"digits": 30, "mnist": 5, "fashion-mnist": 5, "cifar10": 10}
 
 
@@ -310,6 +282,16 @@ class Settings:
         """The schedule, chosen if need be."""
         return self.schedule or ("pipelined" if self.executor == "processes" else "sync")
 
+    @property
+    def K(self) -> int:  # noqa: N802 - the paper's symbol
+        """The number of blocks."""
+        return len(self.split_at) + 1 if self.split_at else self.blocks
+
+    @property
+    def augmented(self) -> bool:
+        """Whether examples are shown with random crops and flips."""
+        return self.data == "cifar10" if self.augment is None else self.augment
+
     def resolved(self) -> "Settings":
         """With every None that stands for a choice replaced by the choice; twice is as good as once.
 
@@ -327,48 +309,19 @@ class Settings:
         if self.optimizer not in (None, name):
             name = self.optimizer
             lr, momentum = _STEP_SIZES.get(name, 1e-3), USUAL_MOMENTUM.get(name, 0.0)
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("--epochs and --steps are both given; expected one of the two")
-        if name == "muon" and self.momentum:
-            raise ValueError("--momentum is of the other optimizers; muon has its own: leave it out")
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise ValueError(f"--momentum is {self.momentum}; expected a number in [0, 1)")
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; expected a whole number of at least 0")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads is {self.threads}; expected a whole number of at least 1")
-        for flag, rate in (("--lr", self.lr), *(("--block-lr", rate) for rate in self.block_lr)):
-            if rate is not None and not 0 < rate < float("inf"):
-                raise ValueError(f"{flag} is {rate}; expected a positive finite step size")
-        blocks = len(self.split_at) + 1 if self.split_at else self.blocks
-        if self.blocks not in (Settings().blocks, blocks):
-            raise ValueError(
-                f"--split-at names {len(self.split_at)} cuts, hence {blocks} blocks, but --blocks is "
-                f"{self.blocks}; leave one of them out"
-            )
-        if self.block_lr and len(self.block_lr) != blocks:
-            raise ValueError(
-                f"--block-lr lists {len(self.block_lr)} step sizes for {blocks} blocks; expected one per block"
-            )
-        augment = self.data == "cifar10" if self.augment is None else self.augment
-        if self.who_does_what == "cached" and (self.text or augment):
-            raise ValueError(
-                f"--schedule cached keeps feedback by example, and {self.data} shows an example differently in every "
-                f"epoch; expected a fixed view: {'other data' if self.text else '--no-augment'}"
-            )
-        self._check_processes()
+        conflicts.check(self, name)
         unsaid = self.epochs is None and self.steps is None
         own = sizes(model)
         return replace(
             self,
-            blocks=blocks,
-            augment=augment,
+            blocks=self.K,
+            augment=self.augmented,
             schedule=self.who_does_what if self.algorithm == "blockprop" else None,
             model=model,
             width=own.get("width") if self.width is None else self.width,
             depth=own.get("depth") if self.depth is None else self.depth,
             h_lr=self._h_lr() if self.algorithm == "blockprop" else None,
-            threads=self._threads(blocks) if self.threads is None else self.threads,
+            threads=self._threads() if self.threads is None else self.threads,
             optimizer=name,
             microbatches=self.parts,
             cache="memory" if self.who_does_what == "cached" and self.cache == "none" else self.cache,
@@ -383,78 +336,21 @@ class Settings:
         """Passes over a batch that each block makes in a process of its own; None where all make three."""
         if self.executor != "processes" or self.who_does_what != "pipelined" or self.feedback == "stashed":
             return None
-        blocks = self.blocks
-        return [3 + min(1.0, delay(blocks, k, self.parts or 1)) for k in range(1, blocks + 1)]
+        return [3 + min(1.0, delay(self.K, k, self.parts or 1)) for k in range(1, self.K + 1)]
 
-    def _threads(self, blocks: int) -> int:
+    def _threads(self) -> int:
         """All cores, shared among the processes."""
-        processes = blocks * self.replicas if self.executor == "processes" else 1
+        processes = self.K * self.replicas if self.executor == "processes" else 1
         return max(1, torch.get_num_threads() // processes)
-
-    def _check_processes(self) -> None:
-        bounds = (("--in-flight", self.in_flight, 1), ("--replicas", self.replicas, 1), ("--repeats", self.repeats, 0))
-        for flag, value, least in bounds:
-            if value < least:
-                raise ValueError(f"{flag} is {value}; expected a whole number of at least {least}")
-        if self.executor != "processes":
-            return
-        if self.split_by == "time":
-            raise ValueError(
-                "--split-by time is measured anew in every process, and the cuts would differ; expected flops or "
-                "layers, or --split-at"
-            )
-        if self.policy == "free-running" and self.who_does_what == "sync":
-            raise ValueError("--policy free-running has no use for --schedule sync; expected pipelined or cached")
-        if self.policy == "free-running" and self.replicas > 1:
-            raise ValueError(
-                "--replicas average their gradients at every update, which free-running ones do at different times; "
-                "expected --policy lock-step"
-            )
 
     def unused(self) -> dict[str, str]:
         """Settings that were changed but have no effect beside the others, and for each a line that says why."""
         defaults = Settings()
         return {
             key: f"--{key.replace('_', '-')} {why}: leave it out"
-            for key, why in self.without_effect().items()
+            for key, why in conflicts.without_effect(self).items()
             if getattr(self, key) != getattr(defaults, key)
         }
-
-    def without_effect(self) -> dict[str, str]:  # noqa: PLR0912 - a table in words
-        """Settings that have no effect beside the others, changed or not, and why."""
-        found: dict[str, str] = {}
-        schedule = "sync" if self.algorithm == "backprop" else self.who_does_what
-        if schedule != "pipelined":
-            found |= dict.fromkeys(_PIPELINE_ONLY, "is of --schedule pipelined")
-        if schedule != "cached":
-            found |= dict.fromkeys(_CACHE_ONLY, "is of --schedule cached")
-        if schedule == "sync":
-            found |= dict.fromkeys(("curvature", "per_example"), "is of --schedule cached or pipelined")
-        elif self.feedback != "target":
-            found |= dict.fromkeys(("curvature", "per_example", "directions"), "is of --feedback target")
-        elif self.replay:
-            reason = "has no place in the published form: leave out --replay, or this"
-            found |= dict.fromkeys(("curvature", "per_example"), reason)
-        if self.algorithm == "backprop":
-            found |= dict.fromkeys(BLOCKPROP_ONLY, "is of blockprop, not of --algorithm backprop")
-        else:
-            if schedule != "sync":
-                found["recompute"] = "is of --schedule sync"
-                if self.executor == "threads":
-                    found["executor"] = "threads is of --schedule sync"
-            if self.h_solver != "momentum":
-                found["h_momentum"] = f"is of --h-solver momentum, not of {self.h_solver}"
-            if self.h_solver == "gauss-newton":
-                found["h_lr"] = "is of the other h-solvers; gauss-newton has no step size"
-        if self.executor != "processes" or self.algorithm == "backprop":
-            found |= dict.fromkeys(_PROCESSES_ONLY, "is of --executor processes")
-        else:
-            found |= dict.fromkeys(("recompute", "replay", "diagnose_every"), "is of one process")
-            if self.policy == "free-running":
-                found |= dict.fromkeys(_LOCK_STEP_ONLY, "is of --policy lock-step")
-            else:
-                found |= dict.fromkeys(("in_flight", "repeats"), "is of --policy free-running")
-        return found
 
     @classmethod
     def of_dict(cls, recorded: dict[str, Any]) -> "Settings":
@@ -497,7 +393,7 @@ class Settings:
         """M, microbatches of a batch, chosen if need be; None where there are none."""
         if self.who_does_what != "pipelined" or self.microbatches is not None or self.policy == "free-running":
             return self.microbatches
-        ticks = math.ceil(2 * (self.blocks - 1) * (1 + self.latency / 2))
+        ticks = math.ceil(2 * (self.K - 1) * (1 + self.latency / 2))
         least = 1 if self.text else 4  # a window of text is as many predictions as it has characters
         return max(1, min(ticks, self.batch_size // least))
 

@@ -123,7 +123,7 @@ class Study:
 
     def folders(self, out: Path) -> dict[Row, Path]:
         """Where each row's runs are: with the first row of equal settings."""
-        first: dict[tuple[Settings, tuple[float, ...], int | None], Path] = {}
+        first: dict[tuple[Settings, tuple[float, ...], tuple[tuple[str, Any], ...]], Path] = {}
         return {
             row: first.setdefault(
                 (row.settings.resolved(), row.lrs, row.tuning),
