@@ -183,7 +183,7 @@ def pipelined(
         yield tuple(actions)
 
 
-def delay(blocks: int, k: int, microbatches: int = 1) -> float:
+def delay(blocks: int, k: int, microbatches: int = 1, latency: int = 0) -> float:
     """How many updates block k makes between its forward and its backward, in the lock-step pipeline once it is full.
 
     Below 1 it is the share of the microbatches that an update comes between; there is none for the others.
@@ -192,11 +192,12 @@ def delay(blocks: int, k: int, microbatches: int = 1) -> float:
         blocks: K.
         k: the block, from 1.
         microbatches: M.
+        latency: L, of which a message takes half on average; what waits for a turn takes longer.
 
-    >>> [delay(4, k) for k in (1, 2, 3, 4)], delay(2, 1, microbatches=2)
-    ([5.0, 3.0, 1.0, 0.0], 0.5)
+    >>> [delay(4, k) for k in (1, 2, 3, 4)], delay(2, 1, microbatches=2), delay(4, 1, latency=2)
+    ([5.0, 3.0, 1.0, 0.0], 0.5, 11.0)
     """
-    return max(0, 2 * (blocks - k) - 1) / microbatches
+    return max(0, 2 * (blocks - k) * (1 + latency / 2) - 1) / microbatches
 
 
 def delays(ticks: Iterator[Tick], blocks: int, count: int) -> list[list[int]]:

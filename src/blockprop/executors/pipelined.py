@@ -77,7 +77,7 @@ class PipelinedExecutor:
         if schedule is not None and cache is not None:
             raise ValueError("a cache decides which batches have feedback; expected no schedule with it")
         self.correction = correction or Correction(**corrections)
-        self.microbatches = microbatches
+        self.microbatches, self.latency = microbatches, latency
         self.schedule = schedule or (
             lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency, quiet=self._quiet)
         )
@@ -189,7 +189,7 @@ class PipelinedExecutor:
                 stage,
                 blocks,
                 self.correction,
-                updates=delay(blocks, stage.index, self.microbatches),
+                updates=delay(blocks, stage.index, self.microbatches, self.latency.longest),
                 parts=self.microbatches,
                 cache=self.cache() if self.cache is not None and stage.index < blocks else None,
             )

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from blockprop.experiments.optimizers import optimizer_named
 from blockprop.experiments.settings import Settings
 from blockprop.proximal import proximal_sgd
+from blockprop.schedules import delay
 from blockprop.wstep import OptimizerFactory
 
 __all__ = ["optimizers_of", "schedulers_of"]
@@ -50,10 +51,10 @@ def schedulers_of(settings: Settings, total_steps: int) -> list[Callable[[Optimi
         return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
     def of_block(k: int) -> Callable[[Optimizer], Any]:
-        delay = max(1.0, (2 * (settings.blocks - k) - 1) / (settings.parts or 1))
+        late = max(1.0, delay(settings.blocks, k, settings.parts or 1, settings.latency))
 
         def whole(update: int) -> float:
-            held = delay ** -(1 - min(1.0, update / annealing)) if annealing else 1.0
+            held = late ** -(1 - min(1.0, update / annealing)) if annealing else 1.0
             return factor(update) * held
 
         return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, whole)

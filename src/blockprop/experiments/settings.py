@@ -336,7 +336,7 @@ class Settings:
         """Passes over a batch that each block makes in a process of its own; None where all make three."""
         if self.executor != "processes" or self.who_does_what != "pipelined" or self.feedback == "stashed":
             return None
-        return [3 + min(1.0, delay(self.K, k, self.parts or 1)) for k in range(1, self.K + 1)]
+        return [3 + min(1.0, delay(self.K, k, self.parts or 1, self.latency)) for k in range(1, self.K + 1)]
 
     def _threads(self) -> int:
         """All cores, shared among the processes."""
