@@ -10,6 +10,7 @@ from blockprop.experiments.settings import Settings
 BACKPROP, WARM_BACKPROP = "backprop", "backprop, warm-up"
 DELAYED, DEFAULT = "delayed gradient", "targets, microbatches, warm-up"
 """The baseline, with and without a warm-up; the naive pipeline; and the default of `--schedule pipelined`."""
+ALIKE = "the default at backprop's step size"
 ASTRAY = "the default, messages up to 4 x as late, 5 % lost"
 
 
