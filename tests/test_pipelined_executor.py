@@ -14,7 +14,7 @@ from blockprop.checkpoint import load_state, save_state
 from blockprop.curvature import Constant, PerExample, Secant
 from blockprop.executors import PipelinedExecutor
 from blockprop.objective import TargetTerm
-from blockprop.schedules import Latency, sequential
+from blockprop.schedules import Action, Latency, sequential
 from conftest import batch, flat, mlp, sgd
 
 CE = nn.CrossEntropyLoss()
@@ -419,3 +419,30 @@ def test_a_state_loaded_over_as_many_other_updates_does_not_meet_their_weights()
         for x, y in data(4):
             algo.step(x, y)
     assert torch.equal(*(flat(algo.blocks.model.parameters()) for algo in (one, other)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradient_is_the_mean_over_what_was_not_lost(accumulate):
+    """The second of two microbatches is lost on its way to the first block."""
+
+    def lossy(blocks):
+        del blocks
+        for at in itertools.count(0, 2):
+            yield (Action(1, "forward", at),)
+            yield Action(2, "forward", at), Action(2, "backward", at), Action(1, "forward", at + 1)
+            above = [Action(2, kind, at + 1) for kind in ("forward", "backward", "update")]
+            yield *above, Action(1, "backward", at), Action(1, "drop", at + 1), Action(1, "update", at)
+
+    model, batches = mlp(depth=4), [batch(8) for _ in range(accumulate)]
+    plain = copy.deepcopy(model)
+    cut = len(list(blockprop.split(plain, 2)[0].parameters()))
+    weights = list(plain.parameters())
+    whole, half = (
+        torch.autograd.grad(sum(CE(plain(x[:n]), y[:n]) for x, y in batches) / accumulate, weights) for n in (8, 4)
+    )
+    expected = [w - 0.1 * g for w, g in zip(weights, [*half[:cut], *whole[cut:]], strict=True)]
+    executor = PipelinedExecutor(lossy, microbatches=2, curvature=Constant(0.0))
+    algo = blockprop.BlockProp(blockprop.split(model, 2), CE, sgd(0.1), executor=executor, accumulate=accumulate)
+    for x, y in batches:
+        algo.step(x, y)
+    torch.testing.assert_close(flat(model.parameters()), flat(expected))

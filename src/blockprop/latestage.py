@@ -89,6 +89,8 @@ class LateStage:
         self._velocity: list[Tensor] = []  # running mean of the updates
         self._copy: tuple[int, dict[str, Tensor]] | None = None  # the weights to forward with, and since which update
         self._fresh = False  # a gradient that is not yet used
+        self._share = 0.0  # of a batch, that the gradients since the optimizer's last step are of
+        self._lost = False  # whether some of it was lost
         self._latest: tuple[Evaluation, UpperTerm] | None = None  # what was learnt from last
 
     @property
@@ -180,6 +182,7 @@ class LateStage:
         # at the weights that it was evaluated with, it need not be evaluated again
         still = self._still[number % self.parts] = version == self.version and not evaluation.weights
         self._fresh = True
+        self._share += share
         old = evaluation.output.detach()
         if not correction.reuse and not still:
             evaluation.at_present_weights()
@@ -222,6 +225,7 @@ class LateStage:
         anchor = torch.where(known.to(output.device), anchor, output)
         self.cache.visit(ids)
         self._fresh = True
+        self._share += share
         count = self._count * len(output) / share
         slope = Gluing(anchor, direction / count, count)
         kappa = self.correction.curvature.at(self.link, direction)
@@ -249,6 +253,7 @@ class LateStage:
         """Forget a batch whose feedback is lost."""
         self.flights.pop(number, None)
         self._sent.pop(number, None)
+        self._lost = True
 
     def update(self) -> None:
         """The optimizer's step; nothing where no gradient was taken since the last, as when the pipeline runs empty."""
@@ -256,11 +261,14 @@ class LateStage:
             return
         self._fresh = False
         wstep = self.stage.wstep
-        if not self.correction.prediction:
-            self.stage.update()
-            return
-        before = [p.detach().clone() for p in wstep.parameters]
+        before = [p.detach().clone() for p in wstep.parameters] if self.correction.prediction else None
+        if (wstep.calls + 1) % wstep.accumulate == 0:
+            if self._lost:  # the mean is over what has come
+                wstep.scale(wstep.accumulate / self._share)
+            self._share, self._lost = 0.0, False
         self.stage.update()
+        if before is None:
+            return
         steps = [p.detach() - old for p, old in zip(wstep.parameters, before, strict=True)]
         self._velocity = self._velocity or steps
         for mean, step in zip(self._velocity, steps, strict=True):
@@ -364,6 +372,8 @@ class LateStage:
             "sent": [[number, *sent] for number, sent in self._sent.items()],
             "velocity": list(self._velocity),
             "fresh": self._fresh,
+            "share": self._share,
+            "lost": self._lost,
             "count": self._count,
             "cache": None if self.cache is None else self.cache.state_dict(),
         }
@@ -380,6 +390,7 @@ class LateStage:
         self.flights = restored
         self._sent = {number: (tick, version) for number, tick, version in state["sent"]}
         self._velocity, self._fresh, self._count = state["velocity"], state["fresh"], state["count"]
+        self._share, self._lost = state["share"], state["lost"]
         self._copy = None  # of other weights, though the number of updates may be the same
         if self.cache is not None and state["cache"] is not None:
             self.cache.load_state_dict(state["cache"])

@@ -118,7 +118,8 @@ def pipelined(
 
     In a tick a block first takes its feedback, then updates, then forwards with the new weights; of several
     messages that wait it takes the oldest batch. Without latency the feedback of block k is 2(K - k) ticks old, and
-    the block has updated 2(K - k) - 1 times since the forward; with M microbatches about an M-th of that.
+    the block has updated 2(K - k) - 1 times since the forward; with M microbatches about an M-th of that. A block
+    updates on what is there of M microbatches: one that is lost counts, so that all blocks update equally often.
 
     Args:
         blocks: K.
@@ -143,7 +144,7 @@ def pipelined(
     # per block: when which batch arrives from below, and from above
     outputs: list[dict[int, int]] = [{} for _ in range(blocks + 2)]
     feedback: list[dict[int, int]] = [{} for _ in range(blocks + 2)]
-    learnt = [0] * (blocks + 1)
+    due = [0] * (blocks + 1)  # microbatches since a block's last update, those included that it lost
 
     def arrival(now: int) -> int:
         return now + 1 + (draw_from.randint(0, latency.longest) if latency.longest else 0)
@@ -161,13 +162,16 @@ def pipelined(
 
         def learn(k: int, batch: int, now: int = now, actions: list[Action] = actions) -> None:
             actions.append(Action(k, "backward", batch))
-            learnt[k] += 1
-            if learnt[k] % microbatches == 0:
+            due[k] += 1
+            if due[k] >= microbatches:
                 actions.append(Action(k, "update", batch))
+                due[k] %= microbatches
             if k == 1 or quiet(batch):
                 return
             if latency.lost and draw_from.random() < latency.lost:
-                actions.extend(Action(j, "drop", batch) for j in range(k - 1, 0, -1))
+                for j in range(k - 1, 0, -1):
+                    actions.append(Action(j, "drop", batch))
+                    due[j] += 1
             else:
                 feedback[k - 1][batch] = arrival(now)
 

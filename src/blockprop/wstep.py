@@ -96,6 +96,12 @@ class WStep:
         self._sums = [None] * len(self.parameters)
         return [parameter.grad for parameter in self.parameters]
 
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients taken so far."""
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                parameter.grad = self._sums[index] = parameter.grad * factor
+
     def update(self) -> None:
         """Clip, step the optimizer and the scheduler, forget the gradients; on every `accumulate`-th call."""
         self.calls += 1
