@@ -9,7 +9,7 @@ else to do. The question takes the way of the receiver's own messages, behind th
 
 import heapq
 import itertools
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -139,8 +139,8 @@ class _Links:
     def __init__(self, link: Link) -> None:
         self._link, self._latency = link, link.latency / 1e3
         # by sender and receiver: when each message joined the queue, and when it is through
-        self._queues: defaultdict[int, defaultdict[int, list[tuple[float, float]]]] = defaultdict(
-            lambda: defaultdict(list)
+        self._queues: defaultdict[int, defaultdict[int, deque[tuple[float, float]]]] = defaultdict(
+            lambda: defaultdict(deque)
         )
         self._asked: dict[tuple[int, Hashable], tuple[float, dict[int, float]]] = {}  # when, and behind what
         self._held: dict[tuple[int, Hashable], tuple[int, Message]] = {}  # with its sender
@@ -149,9 +149,9 @@ class _Links:
         """What a message that is ready now brings about, if it goes out."""
         awaited = message.receiver, message.tag
         if not message.asked:
-            return self._go(sender, message, now)
+            return self._go(sender, message, now, now)
         if awaited in self._asked:
-            return self._go(sender, message, max(now, self._heard(sender, *self._asked[awaited])))
+            return self._go(sender, message, max(now, self._heard(sender, *self._asked[awaited])), now)
         self._held[awaited] = sender, message
         return []
 
@@ -163,26 +163,32 @@ class _Links:
                 self._asked[awaited] = now, {there: self._behind(device, there, now) for there in self._queues[device]}
                 if awaited in self._held:
                     sender, message = self._held.pop(awaited)
-                    found += self._go(sender, message, self._heard(sender, *self._asked[awaited]))
+                    found += self._go(sender, message, self._heard(sender, *self._asked[awaited]), now)
         return found
 
     def _behind(self, sender: int, receiver: int, now: float) -> float:
         """When the messages are through that have joined a link's queue up to now."""
+        return max((through for joined, through in self._waiting(sender, receiver, now) if joined <= now), default=0.0)
+
+    def _waiting(self, sender: int, receiver: int, now: float) -> deque[tuple[float, float]]:
+        """The queue of a link, without what is through; the latest message of all stays."""
         queue = self._queues[sender][receiver]
-        while len(queue) > 1 and queue[1][1] <= now:
-            del queue[0]
-        return max((through for joined, through in queue if joined <= now), default=0.0)
+        while len(queue) > 1 and queue[0][1] <= now:
+            queue.popleft()
+        return queue
 
     def _heard(self, sender: int, now: float, behind: dict[int, float]) -> float:
         """When a sender hears a question that was put now, behind what was on the links of who asks."""
         return max(now, behind.get(sender, 0.0)) + self._latency
 
-    def _go(self, sender: int, message: Message, now: float) -> list[_Arrival]:
+    def _go(self, sender: int, message: Message, ready: float, now: float) -> list[_Arrival]:
+        """Send a message that is ready then, which may be later than now."""
+        through = ready
         if message.size:
-            queue = self._queues[sender][message.receiver]
-            joined, now = now, max(now, queue[-1][1] if queue else 0.0) + self._link.occupied(message.size)
-            queue.append((joined, now))
-        return [(now + self._latency, message.receiver, message.tag)]
+            queue = self._waiting(sender, message.receiver, now)
+            through = max(ready, queue[-1][1] if queue else 0.0) + self._link.occupied(message.size)
+            queue.append((ready, through))
+        return [(through + self._latency, message.receiver, message.tag)]
 
 
 def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run:
