@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import blockprop
 from blockprop.cache import GluingCache
@@ -446,3 +447,21 @@ def test_the_gradient_is_the_mean_over_what_was_not_lost(accumulate):
     for x, y in batches:
         algo.step(x, y)
     torch.testing.assert_close(flat(model.parameters()), flat(expected))
+
+
+def test_sums_of_gradients_take_no_new_memory_from_one_step_to_the_next():
+    """The top begins with a batch at the end of the step before."""
+
+    class Sums(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            del types
+            self.found += function is torch.ops.aten.add.Tensor and args[0].shape == (12, 12)
+            return function(*args, **kwargs or {})
+
+    algo = trainer(PipelinedExecutor(microbatches=4, curvature=Constant(0.0)), model=mlp(depth=4))
+    with Sums() as sums:
+        for x, y in data(6):
+            algo.step(x, y)
+    assert sums.found == 0

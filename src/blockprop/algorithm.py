@@ -10,7 +10,7 @@ from torch import Tensor
 from blockprop.blocks import Blocks
 from blockprop.errors import block_failed, first_line
 from blockprop.executors import EXECUTORS, Executor, StepReport
-from blockprop.executors.executor import check_finite
+from blockprop.executors.executor import Synchronous, check_finite
 from blockprop.executors.mail import Remote
 from blockprop.forms import Form, FormName, form_named
 from blockprop.hsolvers import HSolver
@@ -274,7 +274,8 @@ class BlockProp(_Trained):
 
     def _run(self, inputs: Tensor | None, targets: Tensor | None, ids: Tensor | None, *, update: bool) -> StepReport:
         check_batch(inputs, targets)
-        before = [wstep.hold() for wstep in self.wsteps]
+        # of a pipeline no step can be taken back: it goes on from a checkpoint, and its sums are its own
+        before = [wstep.hold() if isinstance(self.executor, Synchronous) else None for wstep in self.wsteps]
         calls = [wstep.calls for wstep in self.wsteps]
         try:
             with torch.enable_grad():
@@ -284,6 +285,8 @@ class BlockProp(_Trained):
         except BaseException:
             # as if the step had not been tried, except in blocks that had already moved
             for wstep, saved, count in zip(self.wsteps, before, calls, strict=True):
+                if saved is None:
+                    continue
                 moved = wstep.calls != count and wstep.calls % wstep.accumulate == 0
                 wstep.calls = wstep.calls if moved else count
                 for parameter, gradient in zip(wstep.parameters, saved, strict=True):
