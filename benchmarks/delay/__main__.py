@@ -2,11 +2,10 @@
 
 Every run is a simulation of the pipeline, tick by tick, in one process. The studies of a task: `methods`, all of
 them at K = 4, each with three step sizes on one seed; `finals`, backprop with and without a warm-up, the delayed
-gradient, the default, the default with messages that are late or lost, and the three best methods at K = 2, 4, 8 on
-three seeds; `stable`, how
-large a step size may be; `longer`, many steps with a decaying step size; `cached`, feedback that is computed on
-every E-th visit only. A run that is finished is never made again,
-and one that was stopped goes on.
+gradient, the default, also at backprop's step size and with messages that are late or lost, and the three best methods
+at K = 2, 4, 8 on three seeds; `stable`, how large a step size may be; `longer`, many steps with a decaying step size;
+`cached`, feedback that is computed on every E-th visit only. A run that is finished is never made again, and one that
+was stopped goes on.
 """
 
 import argparse

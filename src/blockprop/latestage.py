@@ -390,7 +390,7 @@ class LateStage:
         self.flights = restored
         self._sent = {number: (tick, version) for number, tick, version in state["sent"]}
         self._velocity, self._fresh, self._count = state["velocity"], state["fresh"], state["count"]
-        self._share, self._lost = state["share"], state["lost"]
+        self._share, self._lost = state.get("share", 0.0), state.get("lost", False)  # not there in older checkpoints
         self._copy = None  # of other weights, though the number of updates may be the same
         if self.cache is not None and state["cache"] is not None:
             self.cache.load_state_dict(state["cache"])
