@@ -68,7 +68,7 @@ def _curvature(settings: Settings) -> Curvature:
 
 
 def _correction(settings: Settings) -> Correction:
-    # cached feedback is old, and κ is then far larger along its slope; one that is given is for both
+    # cached feedback is old: κ along its slope counts apart. A κ that is given is for all directions
     directions = "both" if settings.who_does_what == "cached" else settings.directions
     apart = settings.feedback == "target" and settings.curvature == "auto" and directions == "both"
     return Correction(
