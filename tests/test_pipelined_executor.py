@@ -228,6 +228,47 @@ def test_a_resumed_pipeline_is_the_uninterrupted_one(tmp_path, settings):
     assert torch.equal(flat(second.blocks.model.parameters()), expected)
 
 
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("more", [{}, {"microbatches": 2}, {"latency": Latency(2, seed=1)}])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_with_a_cache_every_block_learns_on_every_visit(K, more, reuse):
+    x, y = batch(24)
+    executor = PipelinedExecutor(cache=lambda: GluingCache(24, dtype=torch.float64), refresh=3, reuse=reuse, **more)
+    algo = trainer(executor, K, mlp(depth=4))
+    for first in (0, 8, 16) * 4:
+        ids = torch.arange(first, first + 8)
+        algo.step(x[ids], y[ids], ids)
+    algo.finish()
+    assert [wstep.calls for wstep in algo.wsteps] == [12] * K
+    assert nothing_is_on_its_way(executor)
+
+
+@pytest.mark.parametrize("more", [{}, {"microbatches": 3}, {"latency": Latency(3, 0.2, 1), "microbatches": 2}])
+def test_after_it_has_run_empty_a_pipeline_goes_on(more):
+    def made():
+        return trainer(PipelinedExecutor(curvature=Constant(0.1), **more))
+
+    algo = made()
+    for number, (x, y) in enumerate(data()):
+        algo.step(x, y)
+        if number % 5 == 4:
+            algo.finish()
+            assert nothing_is_on_its_way(algo.executor)
+    algo.finish()
+    assert nothing_is_on_its_way(algo.executor)
+    assert algo.wsteps[-1].calls == 12
+    # and a checkpoint of an empty pipeline is continued in the same way
+    resumed = made()
+    resumed.blocks.model.load_state_dict(algo.blocks.model.state_dict())
+    resumed.load_state_dict(algo.state_dict())
+    for one in (algo, resumed):
+        torch.manual_seed(4)
+        for x, y in data(3):
+            one.step(x, y)
+        one.finish()
+    assert torch.equal(*(flat(one.blocks.model.parameters()) for one in (algo, resumed)))
+
+
 def data_again(first):
     state = torch.get_rng_state()
     rest = data()[first:]

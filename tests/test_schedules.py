@@ -84,10 +84,11 @@ def test_synchronous_schedules_have_no_delay(make):
     longest=st.integers(0, 12),
     lost=st.sampled_from([0.0, 0.05, 0.5]),
     seed=st.integers(0, 9),
+    copies=st.integers(1, 3),
 )
-def test_every_pipelined_schedule_is_consistent(blocks, microbatches, longest, lost, seed):
+def test_every_pipelined_schedule_is_consistent(blocks, microbatches, longest, lost, seed, copies):
     """Messages arrive after they were sent, nothing is done twice, and what is lost is dropped by all below."""
-    latency = Latency(longest, lost, seed)
+    latency = Latency(longest, lost, seed, copies)
     when = {}
     for now, tick in enumerate(first(pipelined(blocks, microbatches=microbatches, latency=latency), 150)):
         for action in tick:
@@ -106,7 +107,8 @@ def test_every_pipelined_schedule_is_consistent(blocks, microbatches, longest, l
                 assert Action(k, "drop", batch) not in when
         if kind == "drop" and k > 1:
             assert Action(k - 1, "drop", batch) in when
-    assert sum(kind == "forward" and k == 1 for k, kind, _ in when) == 150
+    if not longest and copies == 1:
+        assert sum(kind == "forward" and k == 1 for k, kind, _ in when) == 150
     if not lost:
         assert not any(kind == "drop" for _, kind, _ in when)
     for k in range(1, blocks + 1):
@@ -131,6 +133,43 @@ def test_what_is_lost_counts_for_the_next_update():
             assert 0 <= due - 4 * updates <= 2  # a drop may be the fourth: the update is then with the next backward
     assert "drop" in kinds[1]
     assert updates == 19 == kinds[2].count("update")
+
+
+def test_feedback_that_is_sent_twice_is_lost_with_both_messages():
+    """Of independent messages that is the square of the share; what comes with the second is a tick later."""
+    ticks = 20_000
+    shares, ages = [], []
+    for copies in (1, 2):
+        kinds, forwarded, late = [], {}, []
+        for now, tick in enumerate(first(pipelined(2, latency=Latency(0, 0.2, 1, copies)), ticks)):
+            for k, kind, batch in tick:
+                if (k, kind) == (1, "forward"):
+                    forwarded[batch] = now
+                elif (k, kind) == (1, "backward"):
+                    late.append(now - forwarded[batch])
+                kinds.append((k, kind))
+        shares.append(kinds.count((1, "drop")) / len(forwarded))
+        ages.append((min(late), max(late)))
+        assert kinds.count((1, "backward")) + kinds.count((1, "drop")) >= len(forwarded) - 4
+    assert shares == pytest.approx([0.2, 0.04], abs=0.01)
+    assert ages == [(2, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("longest", [1, 3, 6])
+def test_the_first_block_holds_back_what_would_only_wait(longest):
+    """No more is on its way than there are ticks until feedback, on average; so what is on its way is no older."""
+    blocks, on_way, most, forwards, late = 4, {}, 0, 0, []
+    for now, tick in enumerate(first(pipelined(blocks, latency=Latency(longest, seed=2)), 3000)):
+        for k, kind, batch in tick:
+            if (k, kind) == (1, "forward"):
+                on_way[batch] = now
+                most, forwards = max(most, len(on_way)), forwards + 1
+            elif (k, kind) == (1, "backward"):
+                late.append(now - on_way.pop(batch))
+    round_trip = 2 * (blocks - 1) * (1 + longest / 2)
+    assert most == round_trip
+    assert sum(late) / len(late) == pytest.approx(round_trip * 3000 / forwards, rel=0.02)  # Little's law
+    assert 0.75 < forwards / 3000 < 0.95
 
 
 def test_the_same_seed_draws_the_same_schedule():
@@ -166,6 +205,7 @@ def test_the_drawing_has_a_row_a_block():
         (lambda: next(pipelined(2, microbatches=0)), "microbatches is 0"),
         (lambda: Latency(-1), "longest delay is -1"),
         (lambda: Latency(lost=1.0), "share of lost messages is 1.0"),
+        (lambda: Latency(lost=0.1, copies=0), "copies of the feedback are 0"),
     ],
 )
 def test_bad_arguments(wrong, message):

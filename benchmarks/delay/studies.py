@@ -1,12 +1,23 @@
 """What is run about a task: which rows, at which step sizes, on which seeds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from benchmarks.delay import tables
-from benchmarks.delay.tasks import ALIKE, ASTRAY, BACKPROP, DEFAULT, DELAYED, WARM_BACKPROP, Task, astray, methods
+from benchmarks.delay.tasks import (
+    ALIKE,
+    ASTRAY,
+    BACKPROP,
+    DEFAULT,
+    DELAYED,
+    TWICE,
+    WARM_BACKPROP,
+    Task,
+    methods,
+    variants,
+)
 from blockprop.studies.study import Outcome, Row, Study
 
 STYLES: dict[str, tuple[tuple[str, Any], ...]] = {
@@ -67,11 +78,11 @@ def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
     losses = {one.row.label: tables.at_budget(one, task) for one in outcomes}
     others = [name for name in lrs if name != DELAYED and not name.startswith(BACKPROP)]
     best = sorted(others, key=lambda name: math.inf if (loss := losses[name]) is None else loss)[:3]
-    lrs[ASTRAY], lrs[ALIKE] = lrs[DEFAULT], lrs[BACKPROP]
+    lrs |= {ASTRAY: lrs[DEFAULT], TWICE: lrs[DEFAULT], ALIKE: lrs[BACKPROP]}
     lighter = [name for name in lrs if name == f"{BACKPROP}, momentum {task.lighter}"]
     warm = [name for name in lrs if name == WARM_BACKPROP]  # a brief task has it not
     alike = [ALIKE] if lrs[ALIKE] != lrs[DEFAULT] else []
-    chosen = list(dict.fromkeys([BACKPROP, *warm, *lighter, DELAYED, *best, DEFAULT, *alike, ASTRAY]))
+    chosen = list(dict.fromkeys([BACKPROP, *warm, *lighter, DELAYED, *best, DEFAULT, *alike, ASTRAY, TWICE]))
     rows = tuple(row(task, method, blocks, lr=lrs[method]) for blocks in task.cuts for method in chosen)
     return _study(f"delay-{task.name}", task.title, rows, (0,) if task.brief else (0, 1, 2), task)
 
@@ -151,9 +162,7 @@ def cached(task: Task) -> Study:
 
 def row(task: Task, method: str, blocks: int, lrs: tuple[float, ...] = (), lr: float | None = None) -> Row:
     """One method on one task, cut into K blocks, for twice the budget."""
-    chosen: Mapping[str, Any] = (
-        astray(task) if method == ASTRAY else methods(task)[DEFAULT if method == ALIKE else method]
-    )
+    chosen = (methods(task) | variants(task))[method]
     settings = replace(
         task.cut_into(blocks),
         steps=2 * task.budget,

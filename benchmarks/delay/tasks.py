@@ -12,6 +12,7 @@ DELAYED, DEFAULT = "delayed gradient", "targets, microbatches, warm-up"
 """The baseline, with and without a warm-up; the naive pipeline; and the default of `--schedule pipelined`."""
 ALIKE = "the default at backprop's step size"
 ASTRAY = "the default, messages up to 4 x as late, 5 % lost"
+TWICE = "the default, messages up to 4 x as late, 5 % lost, sent twice"
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,8 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
     return found
 
 
-def astray(task: Task) -> dict[str, Any]:
-    """The default where every message takes one to four ticks, and every twentieth piece of feedback is lost."""
-    return methods(task)[DEFAULT] | {"latency": 3, "lost": 0.05}
+def variants(task: Task) -> dict[str, dict[str, Any]]:
+    """The default at another step size, and where every message takes one to four ticks and every twentieth is lost."""
+    default = methods(task)[DEFAULT]
+    astray = default | {"latency": 3, "lost": 0.05}
+    return {ALIKE: default, ASTRAY: astray, TWICE: astray | {"copies": 2}}

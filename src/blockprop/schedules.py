@@ -12,7 +12,8 @@ the blocks are objects in one process or processes of their own.
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -91,6 +92,8 @@ class Latency:
         lost: share of the feedback messages that never arrive, in [0, 1), default 0. The blocks below the loss
             do not learn from that batch.
         seed: of both draws, default 0.
+        copies: how often feedback is sent, default 1: with a message of its own, and again with each of the
+            `copies` - 1 messages that follow on its link. It is lost if all of them are.
 
     Raises:
         ValueError: a value out of its range.
@@ -99,12 +102,53 @@ class Latency:
     longest: int = 0
     lost: float = 0.0
     seed: int = 0
+    copies: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.longest, bool) or not isinstance(self.longest, int) or self.longest < 0:
             raise ValueError(f"longest delay is {self.longest}; expected a whole number of ticks, at least 0")
         if not 0 <= self.lost < 1:
             raise ValueError(f"share of lost messages is {self.lost}; expected a number in [0, 1)")
+        if isinstance(self.copies, bool) or not isinstance(self.copies, int) or self.copies < 1:
+            raise ValueError(f"copies of the feedback are {self.copies}; expected a whole number of at least 1")
+
+
+class _Inbox:
+    """What is on its way to a block from one neighbour."""
+
+    def __init__(self) -> None:
+        self._arrivals: dict[int, int] = {}
+
+    def put(self, batches: Iterable[int], when: int) -> None:
+        self._arrivals |= dict.fromkeys(batches, when)
+
+    def oldest(self, now: int) -> int | None:
+        """Take the oldest batch that has arrived; None if none has."""
+        arrived = [batch for batch, when in self._arrivals.items() if when <= now]
+        if not arrived:
+            return None
+        del self._arrivals[batch := min(arrived)]
+        return batch
+
+
+class _Outbox:
+    """What a block sends down: which messages arrive, and which of the feedback before goes with them again."""
+
+    def __init__(self, latency: Latency, draw_from: random.Random) -> None:
+        self._latency, self._random = latency, draw_from
+        self._fates: deque[bool] = deque()  # whether the next messages arrive
+        self._waiting: list[int] = []
+
+    def send(self, batch: int) -> tuple[bool, list[int]]:
+        """Whether the feedback of a batch will ever arrive; and what arrives with this message, if anything."""
+        while len(self._fates) < self._latency.copies:
+            self._fates.append(not self._latency.lost or self._random.random() >= self._latency.lost)
+        if arrives := any(self._fates):
+            self._waiting.append(batch)
+        message: list[int] = []
+        if self._fates.popleft():
+            message, self._waiting = self._waiting, message
+        return arrives, message
 
 
 def _none(number: int) -> bool:  # noqa: ARG001
@@ -117,16 +161,20 @@ def pipelined(
     """All blocks busy in every tick: each forwards one microbatch, and updates on the feedback of an older one.
 
     In a tick a block first takes its feedback, then updates, then forwards with the new weights; of several
-    messages that wait it takes the oldest batch. Without latency the feedback of block k is 2(K - k) ticks old, and
-    the block has updated 2(K - k) - 1 times since the forward; with M microbatches about an M-th of that. A block
-    updates on what is there of M microbatches: one that is lost counts, so that all blocks update equally often.
+    messages that wait it takes the oldest batch. The first block holds back while as many microbatches are on their
+    way as there are ticks until feedback, on average: what is more would wait somewhere, and only grow old.
+
+    Without latency the feedback of block k is 2(K - k) ticks old, and the block has updated 2(K - k) - 1 times since
+    the forward; with M microbatches about an M-th of that. A block updates on what is there of M microbatches: one
+    that is lost counts, so that all blocks update equally often.
 
     Args:
         blocks: K.
         microbatches: M, into how many parts a batch is cut; default 1.
         latency: of the messages; default: one tick each, none lost.
-        quiet: whether a microbatch has no feedback: every block learns from it as soon as it has forwarded it, from
-            what is cached. Asked in the tick in which the first block forwards it, and later. Default: none is.
+        quiet: whether a microbatch has no feedback: every block learns from it right after it has forwarded it, from
+            what is cached. Asked in the tick after the one in which the first block forwards it, and later. Default:
+            none is.
 
     Raises:
         ValueError: K or M below 1.
@@ -141,48 +189,56 @@ def pipelined(
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise ValueError(f"microbatches is {microbatches}; expected a whole number of at least 1")
     draw_from = random.Random(latency.seed)
-    # per block: when which batch arrives from below, and from above
-    outputs: list[dict[int, int]] = [{} for _ in range(blocks + 2)]
-    feedback: list[dict[int, int]] = [{} for _ in range(blocks + 2)]
+    # per block: what comes from below, what from above, and what it sends down
+    outputs, feedback = ([_Inbox() for _ in range(blocks + 1)] for _ in range(2))
+    sent = [_Outbox(latency, draw_from) for _ in range(blocks + 1)]
+    behind: list[int | None] = [None] * (blocks + 1)  # what a block forwarded in its last tick
+    on_way: set[int] = set()  # what the first block has forwarded and not yet learnt from
+    bound = max(1, round(2 * (blocks - 1) * (1 + latency.longest / 2)))
+    fed = 0
     due = [0] * (blocks + 1)  # microbatches since a block's last update, those included that it lost
 
     def arrival(now: int) -> int:
         return now + 1 + (draw_from.randint(0, latency.longest) if latency.longest else 0)
 
-    def oldest(inbox: dict[int, int], now: int) -> int | None:
-        arrived = [batch for batch, when in inbox.items() if when <= now]
-        if not arrived:
-            return None
-        del inbox[batch := min(arrived)]
-        return batch
-
     for now in itertools.count():
         actions: list[Action] = []
-        outputs[1][now] = now
 
         def learn(k: int, batch: int, now: int = now, actions: list[Action] = actions) -> None:
             actions.append(Action(k, "backward", batch))
             due[k] += 1
+            if k == 1:
+                on_way.discard(batch)
             if due[k] >= microbatches:
                 actions.append(Action(k, "update", batch))
                 due[k] %= microbatches
             if k == 1 or quiet(batch):
                 return
-            if latency.lost and draw_from.random() < latency.lost:
+            arrives, message = sent[k].send(batch)
+            if not arrives:
                 for j in range(k - 1, 0, -1):
                     actions.append(Action(j, "drop", batch))
                     due[j] += 1
-            else:
-                feedback[k - 1][batch] = arrival(now)
+                on_way.discard(batch)
+            if message:
+                feedback[k - 1].put(message, arrival(now))
 
         for k in range(1, blocks + 1):
-            if k < blocks and (batch := oldest(feedback[k], now)) is not None:
-                learn(k, batch)
-            if (batch := oldest(outputs[k], now)) is not None:
+            if k < blocks:
+                if (batch := behind[k]) is not None and quiet(batch):
+                    learn(k, batch)
+                if (batch := feedback[k].oldest(now)) is not None:
+                    learn(k, batch)
+            if k == 1 and len(on_way) < bound:
+                outputs[1].put([fed], now)
+                on_way.add(fed)
+                fed += 1
+            behind[k] = batch = outputs[k].oldest(now)
+            if batch is not None:
                 actions.append(Action(k, "forward", batch))
                 if k < blocks:
-                    outputs[k + 1][batch] = arrival(now)
-                if k == blocks or quiet(batch):
+                    outputs[k + 1].put([batch], arrival(now))
+                else:
                     learn(k, batch)
         yield tuple(actions)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from benchmarks.delay import studies, tables
-from benchmarks.delay.tasks import ALIKE, ASTRAY, BACKPROP, DEFAULT, DELAYED, WARM_BACKPROP, tasks
+from benchmarks.delay.tasks import ALIKE, ASTRAY, BACKPROP, DEFAULT, DELAYED, TWICE, WARM_BACKPROP, tasks
 
 from blockprop.studies.study import Outcome
 
@@ -52,10 +52,11 @@ def test_the_best_three_go_on_and_the_default_astray_at_the_step_size_of_the_def
     ]
     final = [row for row in studies.finals(task, found).rows if row.panel.endswith("K = 8")]
     best = ["SpecTrain: weight prediction", "DC-ASGD, λ = 0.1", "targets, κ = 0.1"]
-    assert [row.label for row in final] == [BACKPROP, WARM_BACKPROP, DELAYED, *best, DEFAULT, ALIKE, ASTRAY]
-    assert (final[-2].settings.lr, final[-2].settings.latency) == (0.1, 0)
-    astray = final[-1].settings
+    assert [row.label for row in final] == [BACKPROP, WARM_BACKPROP, DELAYED, *best, DEFAULT, ALIKE, ASTRAY, TWICE]
+    assert (final[-3].settings.lr, final[-3].settings.latency) == (0.1, 0)
+    astray, twice = (row.settings for row in final[-2:])
     assert (astray.lr, astray.latency, astray.lost, astray.blocks) == (0.05, 3, 0.05, 8)
+    assert twice == replace(astray, copies=2)
 
 
 def test_a_language_model_has_a_layer_for_every_block():

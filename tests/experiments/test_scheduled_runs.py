@@ -43,6 +43,15 @@ def test_a_scheduled_run_resumed_is_the_one_that_was_not_stopped(tmp_path, more)
     assert whole == stopped
 
 
+@pytest.mark.parametrize("more", [PIPELINED, [*PIPELINED, "--latency", "2", "--lost", "0.1", "--copies", "2"], CACHED])
+def test_a_finished_run_is_continued(tmp_path, more):
+    assert train(tmp_path / "run", *more) == 0
+    assert main(["train", "--resume", "--steps", "45", "--quiet", "--out", str(tmp_path / "run")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"][-1] == 45
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 45
+
+
 def test_a_cache_in_a_folder_gives_the_numbers_of_one_in_memory(tmp_path):
     for name, where in (("memory", "memory"), ("mapped", str(tmp_path / "cache"))):
         assert train(tmp_path / name, *CACHED, "--cache", where, steps=50) == 0
@@ -95,6 +104,8 @@ def test_a_batch_has_as_many_microbatches_as_there_are_ticks_until_feedback(more
         (["--feedback", "gradient"], "--feedback is of --schedule pipelined"),
         (["--refresh", "3"], "--refresh is of --schedule cached"),
         ([*CACHED, "--lost", "0.5"], "--lost is of --schedule pipelined"),
+        ([*PIPELINED, "--copies", "2"], "--copies is of --lost"),
+        ([*PIPELINED, "--lost", "0.5", "--copies", "0"], "copies of the feedback are 0"),
         ([*PIPELINED, "--cache", "memory"], "--cache is of --schedule cached"),
         ([*PIPELINED, "--recompute"], "--recompute is of --schedule sync"),
         ([*PIPELINED, "--feedback", "gradient", "--curvature", "1"], "--curvature is of --feedback target"),
@@ -124,6 +135,8 @@ def test_the_schedule_is_drawn_and_listed(capsys):
     assert drawn.splitlines()[0].startswith("block 3 |        |        | 0 '0*")
     assert main(["schedule", "sequential", "--blocks", "2", "--ticks", "4"]) == 0
     assert "3: backward 0 by 1, update 0 by 1, update 0 by 2" in capsys.readouterr().out
+    assert main(["schedule", "--latency", "3", "--microbatches", "15"]) == 0
+    assert capsys.readouterr().out.endswith("\nticks in which the first block takes a batch in: 80%\n")
     assert main(["schedule", "parallel", "--latency", "2"]) == 2
     assert main(["schedule", "--ticks", "0"]) == 2
     assert main(["schedule", "--blocks", "0"]) == 2

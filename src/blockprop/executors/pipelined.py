@@ -92,7 +92,7 @@ class PipelinedExecutor:
         self._without: list[bool] = []  # by batch: whether it has no feedback
         self._watched: dict[int, tuple[float, float] | None] = {}
         self.tick = 0
-        self._fed = 0
+        self._fed = self._taken = 0  # microbatches, in steps and by the schedule
         self._parts: dict[int, _Part] = {}
 
     def step(
@@ -136,9 +136,12 @@ class PipelinedExecutor:
         return 0 if self._mail is None else sum(self._mail.lives_here(k) for k in range(1, len(self._lates)))
 
     def _feed(self, inputs: Tensor | None, targets: Tensor | None, ids: Tensor | None) -> int:
+        # where the pipeline ran empty the schedule has gone on: the next batch is its next one
+        self._fed = max(self._fed, math.ceil(self._taken / self.microbatches) * self.microbatches)
         known = next(value for value in (inputs, targets, ids) if value is not None)
         if self._visits is not None and self._known is not None:
             ids = self._known.check(ids, len(known))
+            self._without += [False] * (self._fed // self.microbatches - len(self._without))
             self._without.append(not self._visits.due(ids))
         cut = [
             [None] * self.microbatches if value is None else list(value.tensor_split(self.microbatches))
@@ -176,7 +179,8 @@ class PipelinedExecutor:
     def _begin(self, stages: Sequence[Stage]) -> None:
         if self._ticks is None:
             self._furnish(stages)
-            self._ticks = itertools.islice(self.schedule(len(stages)), self.tick, None)
+            self._ticks = self.schedule(len(stages))
+            self._taken = sum(self._takes(tick) for tick in itertools.islice(self._ticks, self.tick))
             self._next = next(self._ticks)
 
     def _furnish(self, stages: Sequence[Stage]) -> None:
@@ -207,7 +211,13 @@ class PipelinedExecutor:
             if action.batch in self._parts or action.kind == "update":
                 self._act(action, action in asking, report)
         self.tick += 1
+        self._taken += self._takes(self._next)
         self._next = next(self._ticks)
+
+    @staticmethod
+    def _takes(tick: Tick) -> int:
+        """How many microbatches the first block takes in."""
+        return sum(kind == "forward" and k == 1 for k, kind, _ in tick)
 
     def _asks(self, action: Action) -> bool:
         """Whether a block measures the curvature above it with this action."""

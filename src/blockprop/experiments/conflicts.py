@@ -29,12 +29,13 @@ _PIPELINE_ONLY = (
     "microbatches",
     "latency",
     "lost",
+    "copies",
     "prediction",
     "compensation",
     "delay_annealing",
 )
 _PROCESSES_ONLY = ("policy", "in_flight", "repeats", "messages", "replicas")
-_LOCK_STEP_ONLY = ("microbatches", "latency", "lost")
+_LOCK_STEP_ONLY = ("microbatches", "latency", "lost", "copies")
 
 
 def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a table in words
@@ -59,6 +60,8 @@ def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a
             found["recompute"] = "is of --schedule sync"
             if settings.executor == "threads":
                 found["executor"] = "threads is of --schedule sync"
+        if not settings.lost:
+            found.setdefault("copies", "is of --lost")
         if settings.h_solver != "momentum":
             found["h_momentum"] = f"is of --h-solver momentum, not of {settings.h_solver}"
         if settings.h_solver == "gauss-newton":

@@ -53,7 +53,7 @@ def _in_processes(settings: Settings, examples: int, remote: Neighbours) -> Exec
 
 
 def _pipeline(settings: Settings, **more: Any) -> PipelinedExecutor:
-    latency = Latency(settings.latency, settings.lost, settings.seed)
+    latency = Latency(settings.latency, settings.lost, settings.seed, settings.copies)
     parts = settings.parts
     return PipelinedExecutor(
         microbatches=1 if parts is None else parts, latency=latency, correction=_correction(settings), **more

@@ -190,6 +190,12 @@ class Settings:
     ] = None
     latency: Annotated[int, _option(_SCHEDULE, "Every message takes up to so many ticks longer, drawn at random.")] = 0
     lost: Annotated[float, _option(_SCHEDULE, "Share of the feedback messages that are lost.")] = 0.0
+    copies: Annotated[
+        int,
+        _option(
+            _SCHEDULE, "How often feedback is sent, with the messages that follow: it is lost if all of these are."
+        ),
+    ] = 1
     prediction: Annotated[
         float, _option(_SCHEDULE, "Forward with weights moved on by this share of the updates until the feedback.")
     ] = 0.0
