@@ -59,6 +59,15 @@ def test_a_cache_in_a_folder_gives_the_numbers_of_one_in_memory(tmp_path):
     assert memory == mapped
 
 
+def test_the_residual_refreshes_a_cache_ahead_of_its_time(tmp_path):
+    age = {}
+    for name, more in (("visits", []), ("residual", ["--residual", "0.01"])):
+        assert train(tmp_path / name, *CACHED, "--refresh", "9", "--log-every", "30", *more, steps=60) == 0
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        age[name] = [row for row in rows if row["kind"] == "train"][-1]["age"]
+    assert all(one < other for one, other in zip(age["residual"], age["visits"], strict=True))
+
+
 def test_the_first_epoch_of_a_cache_and_refresh_1_are_sync(tmp_path):
     for name, more in (("sync", []), ("every", [*CACHED, "--refresh", "1"])):
         assert train(tmp_path / name, *more, steps=50) == 0
@@ -116,6 +125,9 @@ def test_a_batch_has_as_many_microbatches_as_there_are_ticks_until_feedback(more
         ([*PIPELINED, "--compensation", "1"], "expected reuse=True"),
         ([*PIPELINED, "--form", "published"], "form 'exact'"),
         ([*CACHED, "--refresh", "0"], "refresh is 0"),
+        ([*CACHED, "--residual", "-1"], "residual is -1"),
+        ([*CACHED, "--residual", "1", "--replay", "--form", "published"], "--residual has no place in the published"),
+        ([*CACHED, "--residual", "1", "--executor", "processes"], "--residual is of one process"),
         ([*CACHED, "--cache-limit", "0.000001"], "the cache needs"),
         (["--algorithm", "backprop", *PIPELINED], "--schedule is of blockprop"),
         ([*CACHED, "--augment"], "--no-augment"),

@@ -22,7 +22,7 @@ _BLOCKPROP_ONLY = (
     "diagnose_every",
     "schedule",
 )
-_CACHE_ONLY = ("cache", "cache_dtype", "cache_limit", "refresh", "replay")
+_CACHE_ONLY = ("cache", "cache_dtype", "cache_limit", "refresh", "residual", "replay")
 _PIPELINE_ONLY = (
     "feedback",
     "directions",
@@ -52,7 +52,7 @@ def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a
         found |= dict.fromkeys(("curvature", "per_example", "directions"), "is of --feedback target")
     elif settings.replay:
         reason = "has no place in the published form: leave out --replay, or this"
-        found |= dict.fromkeys(("curvature", "per_example"), reason)
+        found |= dict.fromkeys(("curvature", "per_example", "residual"), reason)
     if settings.algorithm == "backprop":
         found |= dict.fromkeys(_BLOCKPROP_ONLY, "is of blockprop, not of --algorithm backprop")
     else:
@@ -69,7 +69,7 @@ def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a
     if settings.executor != "processes" or settings.algorithm == "backprop":
         found |= dict.fromkeys(_PROCESSES_ONLY, "is of --executor processes")
     else:
-        found |= dict.fromkeys(("recompute", "replay", "diagnose_every"), "is of one process")
+        found |= dict.fromkeys(("recompute", "replay", "residual", "diagnose_every"), "is of one process")
         if settings.policy == "free-running":
             found |= dict.fromkeys(_LOCK_STEP_ONLY, "is of --policy lock-step")
         else:

@@ -35,7 +35,8 @@ def executor_of(settings: Settings, examples: int, remote: Neighbours | None = N
     if settings.who_does_what == "cached" and settings.replay:
         return ReplayedExecutor(_cache(settings, examples), refresh=settings.refresh)
     if settings.who_does_what == "cached":
-        return CachedExecutor(_cache(settings, examples), refresh=settings.refresh, curvature=_curvature(settings))
+        when: dict[str, Any] = {"refresh": settings.refresh, "residual": settings.residual}
+        return CachedExecutor(_cache(settings, examples), curvature=_curvature(settings), **when)
     return _pipeline(settings)
 
 

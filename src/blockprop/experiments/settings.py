@@ -176,6 +176,14 @@ class Settings:
         float | None, _option(_SCHEDULE, "GiB that the cache may take. Default: half of what is free.")
     ] = None
     refresh: Annotated[int, _option(_SCHEDULE, "E: an example's feedback is computed on every E-th visit.")] = 2
+    residual: Annotated[
+        float | None,
+        _option(
+            _SCHEDULE,
+            "Refresh a batch as well where the correction of its cached slope has grown to more than this many times "
+            "the slope. Default: never.",
+        ),
+    ] = None
     replay: Annotated[
         bool,
         _option(_SCHEDULE, "Algorithm 2 as published: inputs come from the cache as well. Needs --form published."),
