@@ -419,7 +419,41 @@ def test_curvatures_per_example_are_measured_and_used():
 def test_the_links_take_turns():
     secant = Secant(3)
     found = [(tick, link) for tick, link in itertools.product(range(12), range(2)) if secant.wants(link, 2, tick)]
-    assert found == [(0, 0), (3, 1), (6, 0), (9, 1)]
+    assert found == [(0, 0), (3, 1), (7, 0), (10, 1)]
+
+
+@pytest.mark.parametrize("K", [2, 3, 4, 5, 6])
+def test_with_as_many_microbatches_as_ticks_every_link_is_measured(K):
+    """Some places in a batch are never late; a link must not be asked there alone."""
+    executor = PipelinedExecutor(microbatches=2 * (K - 1), curvature=Secant())
+    algo = trainer(executor, K, mlp(depth=6))
+    for x, y in data(120, 20):
+        algo.step(x, y)
+    assert set(executor.correction.curvature.values) == set(range(K - 1))
+
+
+@pytest.mark.parametrize("first", [lambda: nn.ReLU(inplace=True), lambda: nn.Linear(12, 12).double()])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_curvature_is_measured_through_blocks_of_every_kind(first, precision):
+    model = nn.Sequential(nn.Linear(6, 12), first(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 5)).double()
+    if precision is not None:
+        model = model.float()
+    executor = PipelinedExecutor(curvature=Secant(2))
+    blocks = blockprop.split(model, at=["1", "2"])
+    algo = blockprop.BlockProp(blocks, CE, sgd(0.1), executor=executor, precision=precision)
+    for x, y in data():
+        algo.step(x.to(next(model.parameters()).dtype), y)
+    assert min(executor.correction.curvature.values.values()) > 0
+
+
+@pytest.mark.parametrize("more", [{"microbatches": 6}, {"microbatches": 6, "latency": Latency(3, 0.1, 1)}])
+def test_what_came_last_is_learnt_from_as_well(more):
+    """A last batch of fewer examples than parts, and updates that are still due when the pipeline has run empty."""
+    algo = trainer(PipelinedExecutor(curvature=Constant(0.1), **more), 4, mlp(depth=5))
+    for n in (12, 12, 3):
+        algo.step(*batch(n))
+    algo.finish()
+    assert all(p.grad is None or not p.grad.any() for wstep in algo.wsteps for p in wstep.parameters)
 
 
 @pytest.mark.parametrize(

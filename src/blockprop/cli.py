@@ -322,6 +322,9 @@ def figure(
     given: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
     if number == 2 and (wrong := given.keys() - {"epochs"}):
         raise ValueError(f"--{min(wrong).replace('_', '-')} is of figure 3; leave it out")
+    for key, value in given.items():
+        if value < 1:
+            raise ValueError(f"--{key.replace('_', '-')} is {value}; expected a whole number of at least 1")
     make = figure2 if number == 2 else figure3
     study = make(data_dir=options.data_dir, seeds=options.seeds, quick=options.quick, **given)
     words = "".join(f" --{key.replace('_', '-')} {value}" for key, value in given.items())

@@ -120,8 +120,13 @@ class Secant:
         return self.values.get(link, 0.0)
 
     def wants(self, link: int, links: int, tick: int) -> bool:
-        """At every n-th tick, of one link."""
-        return tick % self.every == 0 and tick // self.every % links == link
+        """Once in every n ticks, of one link.
+
+        A tick later in each round of the links: were it always in the same place of a batch, it could be one that no
+        update comes before, where the block has not moved and there is nothing to measure.
+        """
+        turn, place = divmod(tick, self.every)
+        return turn % links == link and place == turn // links % self.every
 
     def measure(self, link: int, way: Tensor, change: Tensor, slope: Tensor) -> None:  # noqa: ARG002
         """Take the secant of the loss above along the way; a block that has not moved tells nothing."""

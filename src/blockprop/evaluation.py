@@ -51,7 +51,7 @@ def _replayed(device: torch.device, state: Tensor) -> Iterator[None]:
             _set_random_state(device, present)
 
 
-def _kept(block: nn.Module, inputs: Tensor) -> Tensor:
+def kept(block: nn.Module, inputs: Tensor) -> Tensor:
     """The inputs, as a copy if the block's first layer works in place: they are the anchor, and others' as well."""
     first = next((module for module in block.modules() if not isinstance(module, nn.Sequential)), None)
     return inputs.clone() if getattr(first, "inplace", False) else inputs
@@ -98,8 +98,8 @@ class Evaluation:
             self._random_state = _get_random_state(self.device)
         self.input = inputs.detach().requires_grad_(differentiable)
         with torch.set_grad_enabled(keep_graph), self._autocast():
-            kept = _kept(block, self.input)
-            self.output: Tensor = functional_call(block, self.weights, (kept,)) if weights else block(kept)
+            own = kept(block, self.input)
+            self.output: Tensor = functional_call(block, self.weights, (own,)) if weights else block(own)
         if self._random_state is not None and torch.equal(self._random_state, _get_random_state(self.device)):
             self._random_state = None  # nothing was drawn: repetitions need not take turns
 
@@ -120,7 +120,7 @@ class Evaluation:
             inputs: any value of h_k, shape [N, ...]; taken in the dtype of the first input.
         """
         assert self.repeatable, "this evaluation was made with repeatable=False"
-        inputs = _kept(self.block, inputs.to(self.input.dtype))
+        inputs = kept(self.block, inputs.to(self.input.dtype))
         replay = nullcontext() if self._random_state is None else _replayed(self.device, self._random_state)
         # the repetition writes its running statistics into copies, which are then dropped
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}

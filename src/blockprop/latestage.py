@@ -9,6 +9,7 @@ whoever runs it moves the messages.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.func import functional_call
 
 from blockprop.cache import GluingCache
 from blockprop.correction import Correction
-from blockprop.evaluation import Evaluation
+from blockprop.evaluation import Evaluation, kept
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
 from blockprop.objective import LossTerm, TargetTerm, UpperTerm, projected
@@ -316,7 +317,9 @@ class LateStage:
     def _points(self, old: Tensor, new: Tensor, slope: Tensor) -> Points:
         """An eighth of the examples, at least eight: one number is measured, and a running mean is taken of it."""
         few = max(8, len(old) // 8)
-        old, way, slope = old[:few], (new - old)[:few], slope[:few]
+        exact = torch.promote_types(old.dtype, torch.float32)  # a way is the difference of outputs that are close
+        old, new, slope = (value[:few].to(exact) for value in (old, new, slope))
+        way = new - old
         if not self.correction.along:
             return [old, old + way]
         part = projected(way, slope)
@@ -359,9 +362,13 @@ class LateStage:
     def _aside(self, inputs: Tensor) -> Tensor:
         copies = {name: buffer.clone() for name, buffer in self.stage.block.named_buffers()}
         inputs = inputs.to(self.stage.device)
-        with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
-            output: Tensor = functional_call(self.stage.block, copies, (inputs,))
-        return output
+        with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []), self._autocast(inputs):
+            output: Tensor = functional_call(self.stage.block, copies, (kept(self.stage.block, inputs),))
+        return output.to(torch.promote_types(output.dtype, torch.float32))
+
+    def _autocast(self, inputs: Tensor) -> torch.autocast | nullcontext[None]:
+        precision = self.stage.precision
+        return nullcontext() if precision is None else torch.autocast(inputs.device.type, dtype=precision)
 
     # -- checkpoints
 

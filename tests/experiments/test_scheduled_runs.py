@@ -52,6 +52,30 @@ def test_a_finished_run_is_continued(tmp_path, more):
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 45
 
 
+def test_a_warm_up_is_given_in_steps_also_where_gradients_accumulate(tmp_path):
+    more = ["--warmup", "20", "--accumulate", "4", "--log-every", "4", "--lr", "0.1"]
+    assert train(tmp_path / "run", *more, steps=40) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["lr"][0] for row in rows if row["kind"] == "train"}
+    assert rates[4] < rates[12] < 0.1
+    assert rates[20] == rates[40] == 0.1
+
+
+def test_what_is_changed_in_a_run_is_checked(tmp_path, capsys):
+    assert train(tmp_path / "run") == 0
+    before = (tmp_path / "run/config.json").read_bytes()
+    resumed = ["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "45", "--quiet", "--threads", "0"]
+    assert main(resumed) == 2
+    assert "--threads is 0" in capsys.readouterr().err
+    assert (tmp_path / "run/config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--width", "--train-size"])
+def test_a_figure_of_nothing_is_refused(tmp_path, capsys, option):
+    assert main(["figure", "3", option, "0", "--quick", "--out", str(tmp_path / "figure")]) == 2
+    assert f"{option} is 0" in capsys.readouterr().err
+
+
 def test_a_cache_in_a_folder_gives_the_numbers_of_one_in_memory(tmp_path):
     for name, where in (("memory", "memory"), ("mapped", str(tmp_path / "cache"))):
         assert train(tmp_path / name, *CACHED, "--cache", where, steps=50) == 0
@@ -121,6 +145,8 @@ def test_a_batch_has_as_many_microbatches_as_there_are_ticks_until_feedback(more
         ([*PIPELINED, "--lost", "1.5"], "share of lost messages is 1.5"),
         ([*PIPELINED, "--latency", "-1"], "longest delay is -1"),
         ([*PIPELINED, "--microbatches", "0"], "microbatches is 0"),
+        (["--warmup", "-1"], "--warmup is -1"),
+        ([*PIPELINED, "--delay-annealing", "-1"], "--delay-annealing is -1"),
         ([*PIPELINED, "--curvature", "-1"], "curvature is -1"),
         ([*PIPELINED, "--compensation", "1"], "expected reuse=True"),
         ([*PIPELINED, "--form", "published"], "form 'exact'"),

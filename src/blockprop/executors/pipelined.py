@@ -93,7 +93,7 @@ class PipelinedExecutor:
         self._watched: dict[int, tuple[float, float] | None] = {}
         self.tick = 0
         self._fed = self._taken = 0  # microbatches, in steps and by the schedule
-        self._parts: dict[int, _Part] = {}
+        self._parts: dict[int, _Part | None] = {}  # on their way; None for one that has no examples
 
     def step(
         self,
@@ -149,8 +149,8 @@ class PipelinedExecutor:
         ]
         for number, (one, x, y, i) in enumerate(zip(*cut, strict=True), self._fed):
             assert one is not None
-            if len(one):
-                self._parts[number] = _Part(x, y, i, len(one) / len(known))
+            # an empty one is waited for as well, so that all replicas of a block come to the end together
+            self._parts[number] = _Part(x, y, i, len(one) / len(known)) if len(one) else None
         self._fed += self.microbatches
         return len(known)
 
@@ -169,6 +169,9 @@ class PipelinedExecutor:
             self._begin(stages)
             while self._parts:
                 self._carry_out(report)
+            for late in self._lates:
+                if self._here(late):
+                    late.update()  # on what came after its last one
         return report.made(0, self._links)
 
     def close(self) -> None:
@@ -205,8 +208,10 @@ class PipelinedExecutor:
         assert self._ticks is not None and self._mail is not None
         asking = [action for action in self._next if self._asks(action)]
         for k, _, number in asking:
+            part = self._parts[number]
+            assert part is not None
             if not self._mail.lives_here(k):
-                self._mail.serve(k, self._parts[number].labels)
+                self._mail.serve(k, part.labels)
         for action in self._next:
             if action.batch in self._parts or action.kind == "update":
                 self._act(action, action in asking, report)
@@ -223,7 +228,12 @@ class PipelinedExecutor:
         """Whether a block measures the curvature above it with this action."""
         k, kind, number = action
         late = self._lates[k - 1]
-        return kind == "backward" and number in self._parts and not self._quiet(number) and late.wants(self.tick)
+        return (
+            kind == "backward"
+            and self._parts.get(number) is not None
+            and not self._quiet(number)
+            and late.wants(self.tick)
+        )
 
     def _act(self, action: Action, asks: bool, report: "_Report") -> None:
         k, kind, number = action
@@ -236,6 +246,9 @@ class PipelinedExecutor:
             late.update()
             return
         part = self._parts[number]
+        if part is None:
+            self._end(k, kind, number)
+            return
         if kind == "forward":
             h = part.inputs if k == 1 else self._mail.take_output(k, number, part.ids)
             assert h is not None
@@ -302,7 +315,7 @@ class PipelinedExecutor:
             "fed": self._fed,
             "without": list(self._without),
             "visits": None if self._visits is None else self._visits.counts,
-            "parts": [[n, p.inputs, p.labels, p.ids, p.share] for n, p in self._parts.items()],
+            "parts": [[n] if p is None else [n, p.inputs, p.labels, p.ids, p.share] for n, p in self._parts.items()],
             "mail": None if self._mail is None else self._mail.state_dict(),
             "lates": [late.state_dict() if self._here(late) else None for late in self._lates],
             "correction": self.correction.state_dict(),
@@ -317,8 +330,8 @@ class PipelinedExecutor:
         self._furnish(stages)
         self.tick, self._fed, self._without = state["tick"], state["fed"], list(state["without"])
         if self._visits is not None:
-            self._visits.counts = state["visits"]
-        self._parts = {number: _Part(*part) for number, *part in state["parts"]}
+            self._visits.counts = state["visits"].clone()
+        self._parts = {number: _Part(*part) if part else None for number, *part in state["parts"]}
         self.correction.load_state_dict(state["correction"])
         for late, saved in zip(self._lates, state["lates"], strict=False):
             if saved is not None:

@@ -98,6 +98,9 @@ def _check_training(settings: "Settings", optimizer: OptimizerName) -> None:
         raise ValueError(f"--momentum is {settings.momentum}; expected a number in [0, 1)")
     if settings.seed < 0:
         raise ValueError(f"--seed is {settings.seed}; expected a whole number of at least 0")
+    for flag, steps in (("--warmup", settings.warmup), ("--delay-annealing", settings.delay_annealing)):
+        if steps is not None and steps < 0:
+            raise ValueError(f"{flag} is {steps}; expected a whole number of steps, at least 0")
     if settings.threads is not None and settings.threads < 1:
         raise ValueError(f"--threads is {settings.threads}; expected a whole number of at least 1")
     for flag, rate in (("--lr", settings.lr), *(("--block-lr", rate) for rate in settings.block_lr)):

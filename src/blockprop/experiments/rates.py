@@ -39,6 +39,8 @@ def schedulers_of(settings: Settings, total_steps: int) -> list[Callable[[Optimi
     pipelined = settings.who_does_what == "pipelined" and settings.algorithm == "blockprop"
     warmup = (total_steps // 10 if pipelined else 0) if settings.warmup is None else settings.warmup
     annealing = settings.delay_annealing if pipelined else 0
+    # given in steps; a scheduler counts updates
+    warmup, annealing = (math.ceil(steps / max(1, settings.accumulate)) for steps in (warmup, annealing))
     if settings.lr_schedule == "constant" and warmup == annealing == 0:
         return None
     updates = max(1, total_steps // settings.accumulate)

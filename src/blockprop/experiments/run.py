@@ -98,7 +98,7 @@ def resumed(given: Settings, out: Path) -> Settings:
         changes[field.name] = value
     if changes.keys() & {"epochs", "steps"}:
         changes = {"epochs": None, "steps": None, **changes}
-    return replace(recorded, **changes)
+    return replace(recorded, **changes).resolved()
 
 
 def _train(settings: Settings, out: Path, state: dict[str, Any] | None, *, quiet: bool) -> dict[str, Any]:
