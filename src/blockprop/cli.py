@@ -51,6 +51,7 @@ app = App(
     help="Train neural networks as decoupled blocks, glued by a penalty.",
     version=__version__,
     help_on_error=False,
+    suppress_keyboard_interrupt=False,  # `main` says that the run can be continued
 )
 _DEFAULTS = Settings()
 _STUDY_OPTIONS = StudyOptions()

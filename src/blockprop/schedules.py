@@ -204,21 +204,24 @@ def pipelined(
     for now in itertools.count():
         actions: list[Action] = []
 
+        def count(k: int, batch: int, actions: list[Action] = actions) -> None:
+            due[k] += 1
+            if due[k] == microbatches:
+                actions.append(Action(k, "update", batch))
+                due[k] = 0
+
         def learn(k: int, batch: int, now: int = now, actions: list[Action] = actions) -> None:
             actions.append(Action(k, "backward", batch))
-            due[k] += 1
+            count(k, batch)
             if k == 1:
                 on_way.discard(batch)
-            if due[k] >= microbatches:
-                actions.append(Action(k, "update", batch))
-                due[k] %= microbatches
             if k == 1 or quiet(batch):
                 return
             arrives, message = sent[k].send(batch)
             if not arrives:
                 for j in range(k - 1, 0, -1):
                     actions.append(Action(j, "drop", batch))
-                    due[j] += 1
+                    count(j, batch)
                 on_way.discard(batch)
             if message:
                 feedback[k - 1].put(message, arrival(now))

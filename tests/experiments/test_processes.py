@@ -228,6 +228,7 @@ def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom):
     assert time.monotonic() - began < 5
     if whom == "ctrl-c":
         assert code == 130
+        assert error.splitlines() == ["blockprop: stopped; a run with a checkpoint continues with --resume"]
     if whom == "block":
         assert code == 2
         assert error.strip() == (
