@@ -432,12 +432,11 @@ def test_with_as_many_microbatches_as_ticks_every_link_is_measured(K):
     assert set(executor.correction.curvature.values) == set(range(K - 1))
 
 
-@pytest.mark.parametrize("first", [lambda: nn.ReLU(inplace=True), lambda: nn.Linear(12, 12).double()])
+@pytest.mark.parametrize("first", [lambda: nn.ReLU(inplace=True), lambda: nn.Linear(12, 12)])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_curvature_is_measured_through_blocks_of_every_kind(first, precision):
-    model = nn.Sequential(nn.Linear(6, 12), first(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 5)).double()
-    if precision is not None:
-        model = model.float()
+    model = nn.Sequential(nn.Linear(6, 12), first(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 5))
+    model = model.to(torch.float32 if precision else torch.float64)
     executor = PipelinedExecutor(curvature=Secant(2))
     blocks = blockprop.split(model, at=["1", "2"])
     algo = blockprop.BlockProp(blocks, CE, sgd(0.1), executor=executor, precision=precision)
@@ -446,10 +445,12 @@ def test_curvature_is_measured_through_blocks_of_every_kind(first, precision):
     assert min(executor.correction.curvature.values.values()) > 0
 
 
-@pytest.mark.parametrize("more", [{"microbatches": 6}, {"microbatches": 6, "latency": Latency(3, 0.1, 1)}])
-def test_what_came_last_is_learnt_from_as_well(more):
+@pytest.mark.parametrize(
+    ("K", "more"), [(4, {"microbatches": 6}), (2, {"microbatches": 2, "latency": Latency(3, 0.05, 2)})]
+)
+def test_what_came_last_is_learnt_from_as_well(K, more):
     """A last batch of fewer examples than parts, and updates that are still due when the pipeline has run empty."""
-    algo = trainer(PipelinedExecutor(curvature=Constant(0.1), **more), 4, mlp(depth=5))
+    algo = trainer(PipelinedExecutor(curvature=Constant(0.1), **more), K, mlp(depth=5))
     for n in (12, 12, 3):
         algo.step(*batch(n))
     algo.finish()

@@ -51,6 +51,11 @@ def _replayed(device: torch.device, state: Tensor) -> Iterator[None]:
             _set_random_state(device, present)
 
 
+def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast | nullcontext[None]:
+    """Where blocks are evaluated in this precision; None leaves them in their own."""
+    return nullcontext() if precision is None else torch.autocast(device.type, dtype=precision)
+
+
 def kept(block: nn.Module, inputs: Tensor) -> Tensor:
     """The inputs, as a copy if the block's first layer works in place: they are the anchor, and others' as well."""
     first = next((module for module in block.modules() if not isinstance(module, nn.Sequential)), None)
@@ -109,9 +114,7 @@ class Evaluation:
         return any(isinstance(module, _BatchNorm) and module.training for module in self.block.modules())
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
-        if self.precision is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.precision)
+        return autocast(self.device, self.precision)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """b_k(inputs) with the first evaluation's dropout masks and buffers; shape as `output`.

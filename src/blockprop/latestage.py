@@ -9,7 +9,6 @@ whoever runs it moves the messages.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.func import functional_call
 
 from blockprop.cache import GluingCache
 from blockprop.correction import Correction
-from blockprop.evaluation import Evaluation, kept
+from blockprop.evaluation import Evaluation, autocast, kept
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
 from blockprop.objective import LossTerm, TargetTerm, UpperTerm, projected
@@ -360,15 +359,13 @@ class LateStage:
         return found
 
     def _aside(self, inputs: Tensor) -> Tensor:
-        copies = {name: buffer.clone() for name, buffer in self.stage.block.named_buffers()}
+        block, precision = self.stage.block, self.stage.precision
+        copies = {name: buffer.clone() for name, buffer in block.named_buffers()}
         inputs = inputs.to(self.stage.device)
-        with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []), self._autocast(inputs):
-            output: Tensor = functional_call(self.stage.block, copies, (kept(self.stage.block, inputs),))
+        random = torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else [])
+        with random, autocast(inputs.device, precision):
+            output: Tensor = functional_call(block, copies, (kept(block, inputs),))
         return output.to(torch.promote_types(output.dtype, torch.float32))
-
-    def _autocast(self, inputs: Tensor) -> torch.autocast | nullcontext[None]:
-        precision = self.stage.precision
-        return nullcontext() if precision is None else torch.autocast(inputs.device.type, dtype=precision)
 
     # -- checkpoints
 

@@ -237,7 +237,7 @@ class FreeRunningExecutor:
         self._fed = state["fed"]
         self._ids = dict(state["ids"])
         if self._visits is not None:
-            self._visits.counts = state["visits"]
+            self._visits.counts = state["visits"].clone()
         self.correction.load_state_dict(state["correction"])
         self.remote.post.restore([Message(*message) for message in state["messages"]])
 
