@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -196,13 +197,44 @@ def test_reports_of_age_and_drift():
     assert all(link.drift > 0 for link in reports[-1].links)
 
 
-def test_losing_all_but_some_feedback_still_moves_the_blocks_below():
+def test_losing_half_of_the_feedback_still_moves_the_blocks_below():
     executor = PipelinedExecutor(latency=Latency(0, 0.5, 0))
-    algo, _, _ = trained(executor)
-    calls = [wstep.calls for wstep in algo.wsteps]
-    assert calls[2] == 12
-    assert 0 < calls[0] <= calls[1] < 12
+    algo = trainer(executor)
+    moved = [0, 0, 0]
+    for x, y in data():
+        before = [flat(stage.block.parameters()) for stage in algo.stages]
+        algo.step(x, y)
+        for k, stage in enumerate(algo.stages):
+            moved[k] += not torch.equal(flat(stage.block.parameters()), before[k])
+    algo.finish()
+    assert moved[2] >= 10
+    assert 0 < moved[0] <= moved[1] < 10
     assert nothing_is_on_its_way(executor)
+
+
+def test_the_step_size_schedule_goes_on_where_feedback_is_lost():
+    """A block that lost a whole batch must not be at a larger step size than the others for the rest of the run."""
+
+    def halving(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    executor = PipelinedExecutor(latency=Latency(0, 0.5, 0))
+    blocks = blockprop.split(network(), 3)
+    algo = blockprop.BlockProp(blocks, CE, sgd(0.1), executor=executor, scheduler=halving)
+    for x, y in data():
+        algo.step(x, y)
+    algo.finish()
+    assert [wstep.lr for wstep in algo.wsteps] == [0.1 / 2**12] * 3
+
+
+def test_a_short_last_batch_is_cut_into_parts_of_the_same_size():
+    """BatchNorm has no statistics of one example."""
+    model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 5)).double()
+    algo = trainer(PipelinedExecutor(microbatches=4), 2, model)
+    for n in (16, 16, 5):
+        algo.step(*batch(n))
+    algo.finish()
+    assert [wstep.calls for wstep in algo.wsteps] == [3, 3]
 
 
 @pytest.mark.parametrize("settings", [{}, {"microbatches": 2, "latency": Latency(3, 0.1, 4)}])
@@ -313,6 +345,16 @@ def test_watching_compares_with_the_gradient_of_today():
         assert executor.watched() is None
 
 
+def test_watching_counts_the_batches_of_an_update():
+    """The gradients of n batches are each added as an n-th: so is backprop's that they are held against."""
+    executor = PipelinedExecutor(sequential, curvature=Constant(0.1))
+    algo = blockprop.BlockProp(blockprop.split(mlp(depth=4), 3), CE, sgd(0.5), executor=executor, accumulate=3)
+    executor.watch(3)
+    for x, y in data(3):
+        algo.step(x, y)
+    assert list(itertools.chain(*executor.watched())) == pytest.approx([1.0] * 6)
+
+
 def test_the_gradient_alone_is_refused():
     with pytest.raises(ValueError, match="learn from different batches"):
         trainer(PipelinedExecutor()).gradient(*batch())
@@ -419,7 +461,26 @@ def test_curvatures_per_example_are_measured_and_used():
 def test_the_links_take_turns():
     secant = Secant(3)
     found = [(tick, link) for tick, link in itertools.product(range(12), range(2)) if secant.wants(link, 2, tick)]
-    assert found == [(0, 0), (3, 1), (7, 0), (10, 1)]
+    assert found == [(0, 0), (3, 1), (6, 0), (9, 1)]
+
+
+def test_every_link_is_measured_once_in_its_turn(monkeypatch):
+    """Two of six microbatches at the most see an update on the upper links: they are waited for."""
+    asked = Counter()
+    measure = Secant.measure
+
+    def counting(self, link, way, change, slope):
+        assert way.any()
+        asked[link] += 1
+        measure(self, link, way, change, slope)
+
+    monkeypatch.setattr(Secant, "measure", counting)
+    algo = trainer(PipelinedExecutor(microbatches=6, curvature=Secant(5)), 4, mlp(depth=6))
+    for x, y in data(40, 24):
+        algo.step(x, y)
+    turns = 40 * 6 // 5 // 3
+    assert set(asked) == {0, 1, 2}
+    assert all(turns - 2 <= count <= turns for count in asked.values())
 
 
 @pytest.mark.parametrize("K", [2, 3, 4, 5, 6])

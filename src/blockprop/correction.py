@@ -7,7 +7,12 @@ and compensation in weight space are what the literature does.
 import math
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from blockprop.curvature import Constant, Curvature, Secant
+from blockprop.objective import projected
+from blockprop.probe import Points
 
 __all__ = ["Correction"]
 
@@ -52,6 +57,31 @@ class Correction:
         self.along = along
         self.across: Curvature = across or Constant(0.0)
         self.reuse, self.prediction, self.compensation = reuse, prediction, compensation
+
+    def points(self, old: Tensor, new: Tensor, slope: Tensor) -> Points:
+        """Where slopes are to be asked for, to learn the curvatures: as was sent, and moved in each way κ acts in.
+
+        An eighth of the examples, at least eight: one number is measured, and a running mean is taken of it.
+
+        Args:
+            old: a block's output as it was sent, shape [N, ...].
+            new: at its present weights.
+            slope: the feedback, shape [N, ...].
+        """
+        few = max(8, len(old) // 8)
+        exact = torch.promote_types(old.dtype, torch.float32)  # a way is the difference of outputs that are close
+        old, new, slope = (value[:few].to(exact) for value in (old, new, slope))
+        way = new - old
+        if not self.along:
+            return [old, old + way]
+        part = projected(way, slope)
+        return [old, old + part, old + way - part]
+
+    def measured(self, link: int, points: Points, slopes: Points) -> None:
+        """Learn the curvatures above a link, from today's slopes at its `points`."""
+        pairs = zip(points[1:], slopes[1:], strict=True)
+        for curvature, (point, slope) in zip((self.curvature, self.across), pairs, strict=False):
+            curvature.measure(link, point - points[0], slope - slopes[0], slopes[0])
 
     def state_dict(self) -> dict[str, Any]:
         """What is known of the curvature."""

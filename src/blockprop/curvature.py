@@ -31,7 +31,7 @@ class Curvature(Protocol):
         ...
 
     def wants(self, link: int, links: int, tick: int) -> bool:
-        """Whether a measurement at that link would be of use now; each costs two passes through all that is above."""
+        """Whether it is that link's turn to be measured, now or soon; it costs two passes through all that is above."""
         ...
 
     def measure(self, link: int, way: Tensor, change: Tensor, slope: Tensor) -> None:
@@ -120,13 +120,9 @@ class Secant:
         return self.values.get(link, 0.0)
 
     def wants(self, link: int, links: int, tick: int) -> bool:
-        """Once in every n ticks, of one link.
-
-        A tick later in each round of the links: were it always in the same place of a batch, it could be one that no
-        update comes before, where the block has not moved and there is nothing to measure.
-        """
+        """Once in every n ticks, of one link."""
         turn, place = divmod(tick, self.every)
-        return turn % links == link and place == turn // links % self.every
+        return place == 0 and turn % links == link
 
     def measure(self, link: int, way: Tensor, change: Tensor, slope: Tensor) -> None:  # noqa: ARG002
         """Take the secant of the loss above along the way; a block that has not moved tells nothing."""

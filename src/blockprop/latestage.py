@@ -14,21 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from blockprop.cache import GluingCache
 from blockprop.correction import Correction
-from blockprop.evaluation import Evaluation, autocast, kept
+from blockprop.evaluation import Evaluation
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
 from blockprop.objective import LossTerm, TargetTerm, UpperTerm, projected
+from blockprop.probe import Points, Probe
 from blockprop.stage import Feedback, Stage
 
-__all__ = ["LateStage", "Learnt", "Points"]
-
-Points = list[Tensor]
-"""Outputs of one block on a few examples, at which the curvature above is measured: as it was sent, and moved from
-there; or today's slopes of the summed loss at these."""
+__all__ = ["LateStage", "Learnt"]
 
 Ask = Callable[[Points], Points | None]
 """Slopes at some outputs of a block, from the blocks above it; None if they will come later (`LateStage.measured`)."""
@@ -81,6 +77,7 @@ class LateStage:
         self.updates = updates
         self.parts = parts
         self.cache = cache
+        self.probe = Probe(stage)
         self.flights: dict[int, Evaluation] = {}
         self._sent: dict[int, tuple[int, int]] = {}  # by flight: the tick, and the block's version
         # by place in the batch: whether no update came between forward and backward last time; a schedule repeats
@@ -88,7 +85,7 @@ class LateStage:
         self._count = 1.0  # predictions per example, of the latest feedback
         self._velocity: list[Tensor] = []  # running mean of the updates
         self._copy: tuple[int, dict[str, Tensor]] | None = None  # the weights to forward with, and since which update
-        self._fresh = False  # a gradient that is not yet used
+        self._fresh = False  # whether feedback came, or was lost, since the last update
         self._share = 0.0  # of a batch, that the gradients since the optimizer's last step are of
         self._lost = False  # whether some of it was lost
         self._latest: tuple[Evaluation, UpperTerm] | None = None  # what was learnt from last
@@ -189,7 +186,7 @@ class LateStage:
         new = evaluation.with_graph().output.detach()
         if ask is not None:
             moved = evaluation.moved() if correction.reuse else new
-            points = self._points(old, moved, gluing.direction)
+            points = correction.points(old, moved, gluing.direction)
             if (slopes := ask(points)) is not None:
                 self.measured(points, slopes)
         whole = gluing.direction * gluing.count
@@ -253,17 +250,20 @@ class LateStage:
         """Forget a batch whose feedback is lost."""
         self.flights.pop(number, None)
         self._sent.pop(number, None)
-        self._lost = True
+        self._fresh = self._lost = True
 
     def update(self) -> None:
-        """The optimizer's step; nothing where no gradient was taken since the last, as when the pipeline runs empty."""
+        """The optimizer's step; none where no feedback was due since the last, as when the pipeline runs empty.
+
+        Where all of it was lost the weights stay, but the step-size schedule goes on, as it does in the other blocks.
+        """
         if not self._fresh:
             return
         self._fresh = False
         wstep = self.stage.wstep
         before = [p.detach().clone() for p in wstep.parameters] if self.correction.prediction else None
         if (wstep.calls + 1) % wstep.accumulate == 0:
-            if self._lost:  # the mean is over what has come
+            if self._lost and self._share:  # the mean is over what has come
                 wstep.scale(wstep.accumulate / self._share)
             self._share, self._lost = 0.0, False
         self.stage.update()
@@ -307,65 +307,17 @@ class LateStage:
             self.correction.curvature.measure(self.link, projected(old - anchor, then), now - then, then)
         self.cache.write(0, ids, old, now, step=tick)
 
-    # -- curvature, measured by the blocks above
+    def moved(self, number: int) -> bool:
+        """Whether the block has made an update since it forwarded this batch."""
+        return self._sent[number][1] != self.version
 
     def wants(self, tick: int) -> bool:
-        """Whether the curvature of the link above is to be measured in this tick."""
+        """Whether it is this link's turn to have the curvature above it measured."""
         return not self.top and self.correction.curvature.wants(self.link, self.blocks - 1, tick)
 
-    def _points(self, old: Tensor, new: Tensor, slope: Tensor) -> Points:
-        """An eighth of the examples, at least eight: one number is measured, and a running mean is taken of it."""
-        few = max(8, len(old) // 8)
-        exact = torch.promote_types(old.dtype, torch.float32)  # a way is the difference of outputs that are close
-        old, new, slope = (value[:few].to(exact) for value in (old, new, slope))
-        way = new - old
-        if not self.correction.along:
-            return [old, old + way]
-        part = projected(way, slope)
-        return [old, old + part, old + way - part]
-
     def measured(self, points: Points, slopes: Points) -> None:
-        """Learn the curvature of the link above from slopes at this block's outputs."""
-        pairs = zip(points[1:], slopes[1:], strict=True)
-        for curvature, (point, slope) in zip((self.correction.curvature, self.correction.across), pairs, strict=False):
-            curvature.measure(self.link, point - points[0], slope - slopes[0], slopes[0])
-
-    def carried(self, points: Points) -> Points:
-        """This block's outputs at another's outputs: no trace is left in weights, buffers or random numbers."""
-        with torch.no_grad():
-            return [self._aside(point) for point in points]
-
-    def pulled(self, points: Points, slopes: Points) -> Points:
-        """Slopes in this block's inputs `points`, from slopes in its outputs there."""
-        found: Points = []
-        for point, slope in zip(points, slopes, strict=True):
-            leaf = point.to(self.stage.device).detach().requires_grad_()
-            with torch.enable_grad():
-                output = self._aside(leaf)
-            found += torch.autograd.grad(output, leaf, slope.to(output))
-        return found
-
-    def slopes(self, points: Points, labels: Tensor) -> Points:
-        """The last block: slopes of the summed loss in its inputs `points`, at as many of the labels."""
-        loss = self.stage.above
-        assert isinstance(loss, OutputLoss)
-        found: Points = []
-        for point in points:
-            leaf = point.to(self.stage.device).detach().requires_grad_()
-            with torch.enable_grad():
-                output = self._aside(leaf)
-                mean, count = loss(output, labels[: len(leaf)].to(output.device))
-                found += torch.autograd.grad(mean * count, leaf)
-        return found
-
-    def _aside(self, inputs: Tensor) -> Tensor:
-        block, precision = self.stage.block, self.stage.precision
-        copies = {name: buffer.clone() for name, buffer in block.named_buffers()}
-        inputs = inputs.to(self.stage.device)
-        random = torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else [])
-        with random, autocast(inputs.device, precision):
-            output: Tensor = functional_call(block, copies, (kept(block, inputs),))
-        return output.to(torch.promote_types(output.dtype, torch.float32))
+        """Learn the curvature of the link above from slopes at this block's outputs (`Correction.points`)."""
+        self.correction.measured(self.link, points, slopes)
 
     # -- checkpoints
 

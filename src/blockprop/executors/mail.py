@@ -6,7 +6,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from blockprop.gluing import Gluing
-from blockprop.latestage import LateStage, Points
+from blockprop.latestage import LateStage
+from blockprop.probe import Points
 
 __all__ = ["LocalMail", "Mail", "Remote"]
 
@@ -157,10 +158,10 @@ class LocalMail:
         assert labels is not None
         above, carried = self._lates[k:], [points]
         for late in above[:-1]:
-            carried.append(late.carried(carried[-1]))
-        slopes = above[-1].slopes(carried.pop(), labels)
+            carried.append(late.probe.carried(carried[-1]))
+        slopes = above[-1].probe.slopes(carried.pop(), labels)
         for late in reversed(above[:-1]):
-            slopes = late.pulled(carried.pop(), slopes)
+            slopes = late.probe.pulled(carried.pop(), slopes)
         return slopes
 
     def serve(self, asking: int, labels: Tensor | None) -> None:

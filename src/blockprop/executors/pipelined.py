@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from blockprop.cache import GluingCache, Visits
 from blockprop.correction import Correction
+from blockprop.executors.alignment import late_alignment
 from blockprop.executors.executor import LinkReport, StepReport, check_finite
 from blockprop.executors.mail import LocalMail, Mail, Remote
+from blockprop.executors.turns import Turns
 from blockprop.latestage import LateStage, Learnt
-from blockprop.losses import OutputLoss
 from blockprop.schedules import Action, Latency, Tick, delay, pipelined
 from blockprop.stage import Stage
 
@@ -94,6 +93,8 @@ class PipelinedExecutor:
         self.tick = 0
         self._fed = self._taken = 0  # microbatches, in steps and by the schedule
         self._parts: dict[int, _Part | None] = {}  # on their way; None for one that has no examples
+        self._size = 0.0  # examples of a microbatch, in the largest batch so far
+        self._turns = Turns()
 
     def step(
         self,
@@ -143,16 +144,19 @@ class PipelinedExecutor:
             ids = self._known.check(ids, len(known))
             self._without += [False] * (self._fed // self.microbatches - len(self._without))
             self._without.append(not self._visits.due(ids))
-        cut = [
-            [None] * self.microbatches if value is None else list(value.tensor_split(self.microbatches))
-            for value in (known, inputs, targets, ids)
-        ]
+        # a short last batch is cut into fewer parts of the same size: BatchNorm needs more than one example
+        self._size = max(self._size, len(known) / self.microbatches)
+        count = min(self.microbatches, max(1, int(len(known) / self._size)))
+        cut = [self._cut(value, count) for value in (known, inputs, targets, ids)]
         for number, (one, x, y, i) in enumerate(zip(*cut, strict=True), self._fed):
-            assert one is not None
             # an empty one is waited for as well, so that all replicas of a block come to the end together
-            self._parts[number] = _Part(x, y, i, len(one) / len(known)) if len(one) else None
+            self._parts[number] = _Part(x, y, i, len(one) / len(known)) if one is not None and len(one) else None
         self._fed += self.microbatches
         return len(known)
+
+    def _cut(self, value: Tensor | None, count: int) -> list[Tensor | None]:
+        parts: list[Tensor | None] = [] if value is None else list(value.tensor_split(count))
+        return parts + [None] * (self.microbatches - len(parts))
 
     def _quiet(self, number: int) -> bool:
         batch = number // self.microbatches
@@ -183,7 +187,9 @@ class PipelinedExecutor:
         if self._ticks is None:
             self._furnish(stages)
             self._ticks = self.schedule(len(stages))
-            self._taken = sum(self._takes(tick) for tick in itertools.islice(self._ticks, self.tick))
+            self._taken = 0
+            for tick in itertools.islice(self._ticks, self.tick):
+                self._past(tick)
             self._next = next(self._ticks)
 
     def _furnish(self, stages: Sequence[Stage]) -> None:
@@ -206,7 +212,9 @@ class PipelinedExecutor:
 
     def _carry_out(self, report: "_Report") -> None:
         assert self._ticks is not None and self._mail is not None
-        asking = [action for action in self._next if self._asks(action)]
+        links = range(len(self._lates) - 1)
+        self._turns.due |= {link for link in links if self.correction.curvature.wants(link, len(links), self.tick)}
+        asking = [action for action in self._next if self._takes_turn(action)]
         for k, _, number in asking:
             part = self._parts[number]
             assert part is not None
@@ -216,24 +224,19 @@ class PipelinedExecutor:
             if action.batch in self._parts or action.kind == "update":
                 self._act(action, action in asking, report)
         self.tick += 1
-        self._taken += self._takes(self._next)
+        self._past(self._next)
         self._next = next(self._ticks)
 
-    @staticmethod
-    def _takes(tick: Tick) -> int:
-        """How many microbatches the first block takes in."""
-        return sum(kind == "forward" and k == 1 for k, kind, _ in tick)
+    def _past(self, tick: Tick) -> None:
+        self._taken += sum(kind == "forward" and k == 1 for k, kind, _ in tick)
+        self._turns.past(tick)
 
-    def _asks(self, action: Action) -> bool:
+    def _takes_turn(self, action: Action) -> bool:
         """Whether a block measures the curvature above it with this action."""
-        k, kind, number = action
-        late = self._lates[k - 1]
-        return (
-            kind == "backward"
-            and self._parts.get(number) is not None
-            and not self._quiet(number)
-            and late.wants(self.tick)
-        )
+        _, kind, number = action
+        if kind != "backward" or self._parts.get(number) is None or self._quiet(number):
+            return False
+        return self._turns.take(action, self._next)
 
     def _act(self, action: Action, asks: bool, report: "_Report") -> None:
         k, kind, number = action
@@ -288,7 +291,9 @@ class PipelinedExecutor:
             learnt = late.learn(number, gluing, part.share, self.tick, ask=ask, ids=ids)
             feedback = learnt.feedback
             if self._watched.get(k, ()) is None:
-                self._watched[k] = _alignment([one.stage for one in self._lates], k, part, before)
+                assert part.inputs is not None and part.labels is not None  # all blocks live here
+                all_stages = [one.stage for one in self._lates]
+                self._watched[k] = late_alignment(all_stages, k, part.inputs, part.labels, part.share, before)
             report.link(late.link, learnt)
         if feedback is not None and Action(k - 1, "drop", number) not in self._next:
             mail.send_feedback(k - 1, number, feedback.gluing)
@@ -313,6 +318,8 @@ class PipelinedExecutor:
         return {
             "tick": self.tick,
             "fed": self._fed,
+            "size": self._size,
+            "due": sorted(self._turns.due),
             "without": list(self._without),
             "visits": None if self._visits is None else self._visits.counts,
             "parts": [[n] if p is None else [n, p.inputs, p.labels, p.ids, p.share] for n, p in self._parts.items()],
@@ -326,8 +333,9 @@ class PipelinedExecutor:
 
     def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
         """Continue from what `state_dict` returned, with the same settings."""
-        self._ticks = None
+        self._ticks, self._turns = None, Turns()
         self._furnish(stages)
+        self._size, self._turns.due = state.get("size", 0.0), set(state.get("due", ()))  # not in older checkpoints
         self.tick, self._fed, self._without = state["tick"], state["fed"], list(state["without"])
         if self._visits is not None:
             self._visits.counts = state["visits"].clone()
@@ -349,31 +357,6 @@ def check_form(stages: Sequence[Stage]) -> None:
     """
     if any(not stage.form.at_forward or stage.scale != 1 for stage in stages):
         raise ValueError("a pipelined schedule is defined for the form 'exact'; expected that, or the schedule 'sync'")
-
-
-def _alignment(stages: Sequence[Stage], k: int, part: _Part, before: Sequence[Tensor | None]) -> tuple[float, float]:
-    """Cosine and norm ratio of what was added to block k's gradient to backprop's at the weights of today."""
-    loss = stages[-1].above
-    assert isinstance(loss, OutputLoss) and part.inputs is not None and part.labels is not None
-    parameters = stages[k - 1].wstep.parameters
-    h = part.inputs
-    with torch.random.fork_rng(devices=[h.device] if h.is_cuda else []), torch.enable_grad():
-        for stage in stages:
-            copies = {name: buffer.clone() for name, buffer in stage.block.named_buffers()}
-            h = functional_call(stage.block, copies, (h.to(stage.device),))
-        mean, _ = loss(h, part.labels.to(h.device))
-    today = torch.autograd.grad(mean * part.share, parameters, allow_unused=True)
-    ours, theirs = [], []
-    for parameter, old, new in zip(parameters, before, today, strict=True):
-        if parameter.grad is None or new is None:
-            continue
-        ours.append((parameter.grad if old is None else parameter.grad - old).double().flatten())
-        theirs.append(new.double().flatten())
-    if not ours:
-        return math.nan, math.nan
-    one, other = torch.cat(ours), torch.cat(theirs)
-    norms = float(one.norm()), float(other.norm())
-    return float(one @ other) / max(norms[0] * norms[1], 1e-300), norms[0] / max(norms[1], 1e-300)
 
 
 class _Report:

@@ -13,7 +13,8 @@ from blockprop.cache import GluingCache, Visits
 from blockprop.correction import Correction
 from blockprop.executors.executor import LinkReport, StepReport, check_finite
 from blockprop.executors.pipelined import check_form
-from blockprop.latestage import LateStage, Learnt, Points
+from blockprop.latestage import LateStage, Learnt
+from blockprop.probe import Points
 from blockprop.runtime.mail import feedback_message, gluing_of, output_message, output_of
 from blockprop.runtime.message import Message
 from blockprop.runtime.neighbours import Neighbours
@@ -65,6 +66,7 @@ class FreeRunningExecutor:
         self._fed = 0
         self._ids: dict[int, Tensor | None] = {}
         self._labels: dict[int, Tensor] = {}  # of the latest batches, for points from below
+        self._due = False  # whether it is this block's turn to have the curvature above it measured
         self._points: dict[int, Points] = {}  # by the block that asks: where slopes are waited for
 
     def step(
@@ -96,6 +98,7 @@ class FreeRunningExecutor:
         waited = self.remote.post.waited
         known = next(value for value in (inputs, targets, ids) if value is not None)
         number, quiet = self._fed, False
+        self._due = self._due or late.wants(self._fed)
         if self._known is not None and self._visits is not None:
             ids = self._known.check(ids, len(known))
             quiet = not self._visits.due(ids)
@@ -159,7 +162,9 @@ class FreeRunningExecutor:
             self._answered(late, message)
         while (message := post.oldest("feedback")) is not None:
             number = message.number
-            ask = self._ask(number) if late.wants(self._fed) and late.stage.index not in self._points else None
+            asks = self._due and late.stage.index not in self._points and late.moved(number)
+            self._due = self._due and not asks
+            ask = self._ask(number) if asks else None
             ids = self._ids[number] if late.cache is not None else None
             gluing = gluing_of(message, late.stage.device)
             learnt = late.learn(number, gluing, 1.0, self._fed, ask=ask, ids=ids)
@@ -185,10 +190,10 @@ class FreeRunningExecutor:
         if not late.top:
             assert self.remote.above is not None
             self._points[asking] = points
-            self.remote.above.send(Message("points", asking, late.carried(points), message.more))
+            self.remote.above.send(Message("points", asking, late.probe.carried(points), message.more))
             return
         labels = self._labels.get(message.more["batch"])
-        slopes = [] if labels is None else late.slopes(points, labels)
+        slopes = [] if labels is None else late.probe.slopes(points, labels)
         self.remote.below.send(Message("slopes", asking, slopes))
 
     def _answered(self, late: LateStage, message: Message) -> None:
@@ -199,7 +204,7 @@ class FreeRunningExecutor:
             return
         if asking != late.stage.index:
             assert self.remote.below is not None
-            self.remote.below.send(Message("slopes", asking, late.pulled(points, slopes) if slopes else []))
+            self.remote.below.send(Message("slopes", asking, late.probe.pulled(points, slopes) if slopes else []))
         elif slopes:
             late.measured(points, slopes)
 

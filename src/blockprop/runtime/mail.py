@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from blockprop.gluing import Gluing
-from blockprop.latestage import LateStage, Points
+from blockprop.latestage import LateStage
+from blockprop.probe import Points
 from blockprop.runtime.edge import Edge, Post
 from blockprop.runtime.message import Message
 from blockprop.runtime.rendezvous import Place
@@ -79,9 +80,9 @@ class RemoteMail:
         points = list(self._post.take("points", asking).values)
         if self._late.top:
             assert labels is not None
-            slopes = self._late.slopes(points, labels)
+            slopes = self._late.probe.slopes(points, labels)
         else:
-            slopes = self._late.pulled(points, self.ask(asking, self._late.carried(points), None))
+            slopes = self._late.probe.pulled(points, self.ask(asking, self._late.probe.carried(points), None))
         self._below.send(Message("slopes", asking, slopes))
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""How near the gradient of late feedback is to backprop's of today."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from blockprop.losses import OutputLoss
+from blockprop.stage import Stage
+
+__all__ = ["late_alignment"]
+
+
+def late_alignment(
+    stages: Sequence[Stage], k: int, inputs: Tensor, labels: Tensor, share: float, before: Sequence[Tensor | None]
+) -> tuple[float, float]:
+    """Cosine and norm ratio of what was added to block k's gradient, to backprop's at the weights of today.
+
+    Args:
+        stages: of all blocks, bottom first.
+        k: the block, from 1.
+        inputs: of the microbatch, shape [N, ...].
+        labels: N rows.
+        share: the microbatch's share of its batch.
+        before: the block's gradients, one per parameter, before the microbatch's was added (`WStep.hold`).
+
+    Returns:
+        The two; NaN for a block without gradients.
+    """
+    loss, wstep = stages[-1].above, stages[k - 1].wstep
+    assert isinstance(loss, OutputLoss)
+    h = inputs
+    with torch.random.fork_rng(devices=[h.device] if h.is_cuda else []), torch.enable_grad():
+        for stage in stages:
+            copies = {name: buffer.clone() for name, buffer in stage.block.named_buffers()}
+            h = functional_call(stage.block, copies, (h.to(stage.device),))
+        mean, _ = loss(h, labels.to(h.device))
+    today = torch.autograd.grad(mean * share / wstep.accumulate, wstep.parameters, allow_unused=True)
+    ours, theirs = [], []
+    for parameter, old, new in zip(wstep.parameters, before, today, strict=True):
+        if parameter.grad is None or new is None:
+            continue
+        ours.append((parameter.grad if old is None else parameter.grad - old).double().flatten())
+        theirs.append(new.double().flatten())
+    if not ours:
+        return math.nan, math.nan
+    one, other = torch.cat(ours), torch.cat(theirs)
+    norms = float(one.norm()), float(other.norm())
+    return float(one @ other) / max(norms[0] * norms[1], 1e-300), norms[0] / max(norms[1], 1e-300)

@@ -1,0 +1,70 @@
+"""Slopes at outputs that were never sent: what the blocks above a link say there, for the curvature above it.
+
+A few outputs go up through the blocks (`carried`), the loss has its slopes at the top (`slopes`), and these come down
+again (`pulled`). Nothing of it leaves a trace in a block: not in its weights, its buffers, or the random numbers.
+"""
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from blockprop.evaluation import autocast, kept
+from blockprop.losses import OutputLoss
+from blockprop.stage import Stage
+
+__all__ = ["Points", "Probe"]
+
+Points = list[Tensor]
+"""Outputs of one block on a few examples, at which the curvature above is measured: as it was sent, and moved from
+there; or today's slopes of the summed loss at these."""
+
+
+class Probe:
+    """A block, asked for what it makes of outputs of the block below it.
+
+    Args:
+        stage: of the block.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def carried(self, points: Points) -> Points:
+        """This block's outputs at another's outputs."""
+        with torch.no_grad():
+            return [self._aside(point) for point in points]
+
+    def pulled(self, points: Points, slopes: Points) -> Points:
+        """Slopes in this block's inputs `points`, from slopes in its outputs there."""
+        found: Points = []
+        for point, slope in zip(points, slopes, strict=True):
+            leaf = self._leaf(point)
+            with torch.enable_grad():
+                output = self._aside(leaf)
+            found += torch.autograd.grad(output, leaf, slope.to(output))
+        return found
+
+    def slopes(self, points: Points, labels: Tensor) -> Points:
+        """The last block: slopes of the summed loss in its inputs `points`, at as many of the labels."""
+        loss = self._stage.above
+        assert isinstance(loss, OutputLoss)
+        found: Points = []
+        for point in points:
+            leaf = self._leaf(point)
+            with torch.enable_grad():
+                output = self._aside(leaf)
+                mean, count = loss(output, labels[: len(leaf)].to(output.device))
+                found += torch.autograd.grad(mean * count, leaf)
+        return found
+
+    def _leaf(self, point: Tensor) -> Tensor:
+        return point.to(self._stage.device).detach().requires_grad_()
+
+    def _aside(self, inputs: Tensor) -> Tensor:
+        block = self._stage.block
+        copies = {name: buffer.clone() for name, buffer in block.named_buffers()}
+        inputs = inputs.to(self._stage.device)
+        random = torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else [])
+        with random, autocast(inputs.device, self._stage.precision):
+            output: Tensor = functional_call(block, copies, (kept(block, inputs),))
+        return output.to(torch.promote_types(output.dtype, torch.float32))
