@@ -68,7 +68,11 @@ def train(
     *,
     out: Annotated[Path | None, Parameter(help="The run's folder. Default: a new one under runs/.")] = None,
     resume: Annotated[
-        bool, Parameter(help="Continue the run in --out from its newest checkpoint.", negative=())
+        bool,
+        Parameter(
+            help="Continue the run in --out from its newest checkpoint; settings left at their defaults are the run's.",
+            negative=(),
+        ),
     ] = False,
     listen: Annotated[
         str | None,
@@ -279,7 +283,8 @@ def plan_command(
     repeats: Annotated[int, Parameter(help="Rounds of timing.")] = 5,
     json: Annotated[bool, Parameter(help="Print JSON instead of the table.", negative=())] = False,
     plot: Annotated[
-        Path | None, Parameter(help="Draw which method wins over bandwidth and K = 2, 4, ..., --blocks.")
+        Path | None,
+        Parameter(help="Draw which method wins over bandwidth and K = 2, 4, ..., --blocks: a PNG and an SVG."),
     ] = None,
 ) -> None:
     """Predict how fast every method would train a model on a cluster, from costs measured here and a simulation."""
@@ -289,6 +294,7 @@ def plan_command(
         raise ValueError(f"--speeds has {len(speeds)} numbers; expected one for all devices, or {blocks}")
     if plot is not None:
         require_matplotlib()
+        _check_picture(plot)
     all_speeds = speeds * blocks if len(speeds) == 1 else speeds
     cluster = Cluster(all_speeds, Link(bandwidth, latency, overhead), 1.0 if contention == "measured" else contention)
     setting = Setting(batch_size, microbatches, parts, refresh, in_flight)
@@ -307,6 +313,14 @@ def plan_command(
     if plot is not None:
         title = f"{model}, {len(layers)} layers, batch of {batch_size}, latency {latency:g} ms"
         draw(winners(layers, cluster, setting), plot, title)
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix not in ("", ".png", ".svg"):
+        raise ValueError(f"--plot is {path}; expected a name that ends in .png, .svg or nothing: both are made")
+    for made in (path.with_suffix(".png"), path.with_suffix(".svg")):
+        if made.exists():
+            raise ValueError(f"{made} is there already; move it away, or name another --plot")
 
 
 @app.command

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from blockprop.cli import main
+from blockprop.experiments.folder import claimed
 from blockprop.models import mlp
 
 QUICK = ["--data", "digits", "--width", "16", "--quiet", "--threads", "1"]
@@ -330,6 +331,26 @@ def test_a_run_is_never_overwritten(tmp_path, capsys, damage, message):
     assert main(["train", "--out", str(tmp_path / "run"), "--quiet", *more]) == 2
     assert message in capsys.readouterr().err
     assert files(tmp_path / "run") == before
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
+    train(tmp_path / "run")
+    capsys.readouterr()
+    with claimed(tmp_path / "run"):
+        assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "20", "--quiet"]) == 2
+    assert "another process is training in" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "20", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", "four"), ("penalty", 3), ("lr", "fast"), ("data_dir", 7)])
+def test_a_configuration_with_a_value_of_a_wrong_type(tmp_path, capsys, key, value):
+    train(tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "20", "--quiet"]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert "config.json has a value of a wrong type" in printed and "\n" not in printed
 
 
 @pytest.mark.parametrize("where", ["flip", "cut", "empty", "foreign", "config", "no-config"])

@@ -236,7 +236,9 @@ def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom):
         )
 
 
-def test_the_runs_of_a_killed_comparison_end_with_it(tmp_path):
+@pytest.mark.usefixtures("hears_ctrl_c")
+@pytest.mark.parametrize("whom", ["parent", "all, as from a keyboard"])
+def test_the_runs_of_a_comparison_end_with_it(tmp_path, whom):
     words = ["compare", *SMALL, "--steps", "1000000", "--seeds", "0", "1", "--variant", "exact", "--jobs", "2"]
     parent = start(*BLOCKPROP, *words, "--out", tmp_path)
     deadline = time.monotonic() + 120
@@ -244,8 +246,15 @@ def test_the_runs_of_a_killed_comparison_end_with_it(tmp_path):
         time.sleep(0.02)
     children = children_of(parent.pid)
     assert len(children) >= 2
-    parent.kill()
-    ended(parent)
+    if whom == "parent":
+        parent.kill()
+    else:
+        for pid in (*children, parent.pid):
+            os.kill(pid, signal.SIGINT)
+    code, _, error = ended(parent)
+    if whom != "parent":
+        assert code == 130
+        assert error.splitlines()[-1].startswith("blockprop: stopped")
     deadline = time.monotonic() + 10
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.02)

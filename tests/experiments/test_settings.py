@@ -44,6 +44,8 @@ def test_a_default_and_the_same_value_given_are_equal():
         ({}, []),
         ({"algorithm": "backprop"}, []),
         ({"algorithm": "backprop", "lr": 0.2, "blocks": 4, "clip": 1.0, "devices": ("cpu",)}, []),
+        ({"context": 8}, ["context"]),
+        ({"context": 8, "data": "shakespeare"}, []),
         ({"algorithm": "backprop", "form": "published"}, ["form"]),
         ({"algorithm": "backprop", "penalty": (10.0,), "huber": 1.0}, ["penalty", "huber"]),
         ({"algorithm": "backprop", "h_solver": "momentum", "h_momentum": 0.9}, ["h_solver", "h_momentum"]),

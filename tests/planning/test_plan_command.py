@@ -35,6 +35,11 @@ def test_the_picture(tmp_path, capsys):
     assert main(["plan", "mlp", *SMALL, "--blocks", "4", "--plot", str(tmp_path / "map.png")]) == 0
     assert (tmp_path / "map.png").stat().st_size > 1000
     assert "bandwidth of a link" in (tmp_path / "map.svg").read_text()
+    capsys.readouterr()
+    assert main(["plan", "mlp", *SMALL, "--blocks", "4", "--plot", str(tmp_path / "map.svg")]) == 2
+    assert "map.png is there already" in capsys.readouterr().err
+    assert main(["plan", "mlp", *SMALL, "--blocks", "4", "--plot", str(tmp_path / "map.pdf")]) == 2
+    assert "ends in .png, .svg or nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 from collections import deque
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def work_off(
     for plan in plans:
         _check(plan)
     # spawned, since forking a process that has used torch's threads can hang
+    before = set(active_children())
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_parent) if jobs > 1 else _Here()
     upcoming = deque(_Open(plan) for plan in plans)
     ready: deque[tuple[_Open, Planned]] = deque()
@@ -142,6 +144,10 @@ def work_off(
                     _check(following)
                     opened = _Open(following)
                     ready.extendleft((opened, planned) for planned in reversed(following.runs))
+    except KeyboardInterrupt:
+        for child in set(active_children()) - before:
+            child.terminate()
+        raise
     except BrokenProcessPool as error:
         raise ValueError(
             "a run's process died, perhaps for lack of memory; the same command continues, with fewer --jobs if need be"
@@ -181,7 +187,11 @@ class _Here(Executor):
 
 
 def _end_with_parent() -> None:
-    """Nobody would take the result of a run whose parent was killed; its last checkpoint is there."""
+    """Nobody would take the result of a run whose parent was killed; its last checkpoint is there.
+
+    Ctrl-C is the parent's to hear, which ends this process: a thread that the interruption hits may hang.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         if (parent := parent_process()) is not None:

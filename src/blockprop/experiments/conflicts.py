@@ -1,5 +1,7 @@
 """Which settings go together: what has no effect beside the others, and what excludes each other."""
 
+import math
+import os
 from typing import TYPE_CHECKING
 
 from blockprop.experiments.optimizers import OptimizerName
@@ -41,6 +43,8 @@ _LOCK_STEP_ONLY = ("microbatches", "latency", "lost", "copies")
 def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a table in words
     """Settings that have no effect beside the others, changed or not, and why."""
     found: dict[str, str] = {}
+    if not settings.text:
+        found["context"] = "is of text"
     schedule = "sync" if settings.algorithm == "backprop" else settings.who_does_what
     if schedule != "pipelined":
         found |= dict.fromkeys(_PIPELINE_ONLY, "is of --schedule pipelined")
@@ -96,15 +100,20 @@ def _check_training(settings: "Settings", optimizer: OptimizerName) -> None:
         raise ValueError("--momentum is of the other optimizers; muon has its own: leave it out")
     if settings.momentum is not None and not 0 <= settings.momentum < 1:
         raise ValueError(f"--momentum is {settings.momentum}; expected a number in [0, 1)")
-    if settings.seed < 0:
-        raise ValueError(f"--seed is {settings.seed}; expected a whole number of at least 0")
+    if optimizer == "nesterov" and settings.momentum == 0:
+        raise ValueError("--momentum is 0, and nesterov is a kind of momentum; expected more, or --optimizer sgd")
+    if not 0 <= settings.weight_decay < math.inf:
+        raise ValueError(f"--weight-decay is {settings.weight_decay}; expected a finite number of at least 0")
+    if not 0 <= settings.seed < 2**32:
+        raise ValueError(f"--seed is {settings.seed}; expected a whole number from 0 to 2^32 - 1")
     for flag, steps in (("--warmup", settings.warmup), ("--delay-annealing", settings.delay_annealing)):
         if steps is not None and steps < 0:
             raise ValueError(f"{flag} is {steps}; expected a whole number of steps, at least 0")
-    if settings.threads is not None and settings.threads < 1:
-        raise ValueError(f"--threads is {settings.threads}; expected a whole number of at least 1")
+    most = 16 * (os.cpu_count() or 1)  # far beyond it the system refuses, in many words
+    if settings.threads is not None and not 1 <= settings.threads <= most:
+        raise ValueError(f"--threads is {settings.threads}; expected a whole number from 1 to {most} on this machine")
     for flag, rate in (("--lr", settings.lr), *(("--block-lr", rate) for rate in settings.block_lr)):
-        if rate is not None and not 0 < rate < float("inf"):
+        if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"{flag} is {rate}; expected a positive finite step size")
 
 
@@ -119,6 +128,22 @@ def _check_blocks(settings: "Settings") -> None:
         raise ValueError(
             f"--block-lr lists {len(settings.block_lr)} step sizes for {blocks} blocks; expected one per block"
         )
+    _check_schedule(settings)
+
+
+def _check_schedule(settings: "Settings") -> None:
+    if settings.algorithm == "blockprop":
+        forms = {"pipelined": ("exact", "proximal"), "cached": ("published",) if settings.replay else ("exact",)}
+        wanted = forms.get(settings.who_does_what, (settings.form,))
+        if settings.form not in wanted:
+            raise ValueError(
+                f"--form {settings.form} does not go with {'--replay' if settings.replay else 'late feedback'}; "
+                f"expected --form {wanted[0]}, or --schedule sync"
+            )
+    if settings.compensation and settings.feedback != "stashed":
+        raise ValueError("--compensation corrects gradients at stashed weights; expected --feedback stashed with it")
+    if settings.cache_limit is not None and not 0 <= settings.cache_limit < math.inf:
+        raise ValueError(f"--cache-limit is {settings.cache_limit}; expected a finite number of GiB, at least 0")
     if settings.who_does_what == "cached" and (settings.text or settings.augmented):
         raise ValueError(
             f"--schedule cached keeps feedback by example, and {settings.data} shows an example differently in every "

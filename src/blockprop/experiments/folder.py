@@ -1,7 +1,10 @@
 """A run's folder: what is written there, and how it is read back."""
 
 import json
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,12 @@ from blockprop.checkpoint import write_atomically
 from blockprop.experiments.settings import Settings
 from blockprop.metrics import finite
 
-__all__ = ["check_empty", "check_folder", "read_json", "settings_of", "versions", "write_json"]
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["check_empty", "check_folder", "claimed", "read_json", "settings_of", "versions", "write_json"]
 
 
 def check_folder(out: Path) -> None:
@@ -38,6 +46,34 @@ def check_empty(out: Path) -> None:
         raise ValueError(f"{out} already holds a run or other files; name another --out, or continue it with --resume")
 
 
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep a run's folder to this process while it writes there; the folder is made if need be.
+
+    Where the system has no locks of this kind, nothing is kept.
+
+    Raises:
+        ValueError: another process writes there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is training in {out}; wait for its end, or name another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
+
+
 def settings_of(out: Path) -> Settings:
     """The settings recorded in a run's folder, resolved; what an older run did not record is at its default.
 
@@ -47,7 +83,12 @@ def settings_of(out: Path) -> Settings:
     recorded = read_json(out / "config.json")
     if missing := {"data", "model", "algorithm", "seed"} - recorded.keys():
         raise ValueError(f"{out / 'config.json'} lacks {min(missing)!r}; expected one written by a run")
-    return Settings.of_dict(recorded).resolved()
+    try:
+        return Settings.of_dict(recorded).resolved()
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{out / 'config.json'} has a value of a wrong type ({error}); expected one written by a run"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from blockprop.errors import first_line
 from blockprop.executors import PipelinedExecutor
 from blockprop.experiments.board import Board, Reporter
 from blockprop.experiments.execution import executor_of
-from blockprop.experiments.folder import settings_of, versions, write_json
+from blockprop.experiments.folder import claimed, settings_of, versions, write_json
 from blockprop.experiments.ingredients import (
     cut_of,
     dataset_of,
@@ -185,13 +185,14 @@ class _Block:
             state = self._state(rendezvous) if resume else None
             dataset = self._data()
             algo, neighbours = self._algorithm(dataset, rendezvous)
-            training = self._training(algo, dataset, rendezvous, state)
-            try:
-                training.run()
-                summary = self._summary(training, rendezvous)
-            finally:
-                assert training.metrics is not None
-                training.metrics.close()
+            with claimed(self.folder):
+                training = self._training(algo, dataset, rendezvous, state)
+                try:
+                    training.run()
+                    summary = self._summary(training, rendezvous)
+                finally:
+                    assert training.metrics is not None
+                    training.metrics.close()
             neighbours.close()
             return summary
         finally:

@@ -8,7 +8,7 @@ import torch
 
 from blockprop.checkpoint import Checkpoints, write_atomically
 from blockprop.experiments.execution import executor_of
-from blockprop.experiments.folder import check_empty, settings_of, versions, write_json
+from blockprop.experiments.folder import check_empty, claimed, settings_of, versions, write_json
 from blockprop.experiments.ingredients import (
     cut_of,
     dataset_of,
@@ -22,6 +22,7 @@ from blockprop.experiments.launcher import launch
 from blockprop.experiments.progress import Progress
 from blockprop.experiments.settings import Settings
 from blockprop.metrics import Metrics
+from blockprop.training import Training
 
 __all__ = ["checked", "resume", "resumed", "run"]
 
@@ -114,16 +115,22 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, *, quiet
     with Progress(settings, quiet=quiet) as progress:
         training = training_of(settings, algo, dataset, progress.update)
         # all that can be wrong with the settings has been said: from here on, files are written
-        training.metrics = Metrics(out / "metrics.jsonl", out / "tensorboard")
-        training.checkpoints = Checkpoints(out / "checkpoints")
-        try:
-            if state is not None:
-                training.resume(state)
-            config = {**settings.as_dict(), "cut": algo.blocks.cut.as_dict(), "versions": versions()}
-            write_json(out / "config.json", config)
-            training.run()
-        finally:
-            training.metrics.close()
+        with claimed(out):
+            return _write(settings, training, out, state)
+
+
+def _write(settings: Settings, training: Training, out: Path, state: dict[str, Any] | None) -> dict[str, Any]:
+    """Train, and leave everything in the folder."""
+    training.metrics = Metrics(out / "metrics.jsonl", out / "tensorboard")
+    training.checkpoints = Checkpoints(out / "checkpoints")
+    try:
+        if state is not None:
+            training.resume(state)
+        cut = training.algo.blocks.cut.as_dict()
+        write_json(out / "config.json", {**settings.as_dict(), "cut": cut, "versions": versions()})
+        training.run()
+    finally:
+        training.metrics.close()
     summary = summary_of(settings, training)
     write_atomically(out / "model.safetensors", weights_of(training))
     write_json(out / "summary.json", summary)
