@@ -95,18 +95,19 @@ class Constant:
 class Secant:
     """κ = ⟨Δg, d⟩ / ⟨d, d⟩, measured while training, a link at a time; no less than 0, and 0 until first measured.
 
-    Δg is the difference of today's gradients at b_now(h) and at b_old(h).
+    Δg is the difference of today's gradients at b_now(h) and at b_old(h). One measurement is of a few examples and
+    varies by its own size, so that κ is the mean of many.
 
     Args:
         every: ticks between two measurements, default 20; the links take turns.
-        memory: what is kept of the running mean at a new measurement, in [0, 1), default 0.5.
+        memory: what is kept of the running mean at a new measurement, in [0, 1), default 0.95.
 
     Raises:
         ValueError: a setting out of its range.
     """
 
     every: int = 20
-    memory: float = 0.5
+    memory: float = 0.95
     values: dict[int, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -130,8 +131,8 @@ class Secant:
         if square == 0:
             return
         found = max(0.0, float(torch.sum(change * way)) / square)
-        before = self.values.get(link)
-        self.values[link] = found if before is None else self.memory * before + (1 - self.memory) * found
+        before = self.values.get(link, found)
+        self.values[link] = self.memory * before + (1 - self.memory) * found
 
     def state_dict(self) -> dict[str, Any]:
         """The running means."""

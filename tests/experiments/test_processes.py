@@ -178,6 +178,14 @@ def test_two_blocks_by_two_replicas(tmp_path):
         torch.testing.assert_close(weights(four)[name], value, rtol=1e-3, atol=1e-5)
 
 
+def test_replicas_come_to_the_end_together(tmp_path):
+    """The last batch of an epoch, of three examples, leaves one replica parts that the other has not."""
+    words = ["train", *TWO, "--steps", "3", "--batch-size", "64", "--train-size", "67"]
+    process = start(*BLOCKPROP, *words, *PROCESSES, "--replicas", "2", "--out", tmp_path / "run")
+    code, _, error = ended(process)
+    assert code == 0, error
+
+
 def test_eight_blocks(tmp_path):
     out = tmp_path / "run"
     words = ["--data", "digits", "--depth", "8", "--width", "16", "--quiet", "--blocks", "8", "--steps", "60"]

@@ -171,6 +171,15 @@ def test_mistakes(tmp_path, capsys, more, message):
     assert not (tmp_path / "run/summary.json").exists()
 
 
+def test_a_run_that_goes_on_longer_keeps_its_warm_up(tmp_path):
+    out = tmp_path / "run"
+    assert train(out, "--schedule", "pipelined", "--checkpoint-every", "20", steps=40) == 0
+    assert json.loads((out / "config.json").read_text())["warmup_steps"] == 4
+    assert main(["train", "--resume", "--out", str(out), "--steps", "400", "--quiet"]) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {row["lr"][0] for row in rows if row["kind"] == "train" and row["step"] > 40} == {0.1}
+
+
 def test_the_schedule_is_drawn_and_listed(capsys):
     assert main(["schedule", "--blocks", "3", "--ticks", "5", "--draw"]) == 0
     drawn = capsys.readouterr().out

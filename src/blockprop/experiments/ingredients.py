@@ -11,12 +11,12 @@ from blockprop import Backprop, BlockProp, OutputLoss, split
 from blockprop.blocks import Blocks
 from blockprop.data import Dataset, load
 from blockprop.experiments.folder import versions
-from blockprop.experiments.rates import optimizers_of, schedulers_of
+from blockprop.experiments.rates import optimizers_of, schedulers_of, warmup_of
 from blockprop.experiments.settings import Settings
 from blockprop.models import build
 from blockprop.training import Score, Training, score, weights_here
 
-__all__ = ["cut_of", "dataset_of", "network_of", "summary_of", "trainer_of", "training_of", "weights_of"]
+__all__ = ["config_of", "cut_of", "dataset_of", "network_of", "summary_of", "trainer_of", "training_of", "weights_of"]
 
 
 def dataset_of(settings: Settings) -> Dataset:
@@ -45,13 +45,16 @@ def cut_of(settings: Settings, model: nn.Sequential, sample: Tensor) -> Blocks:
     return split(model, settings.blocks, by=settings.split_by, sample=sample, passes=settings.passes)
 
 
+def _total_steps(settings: Settings, dataset: Dataset) -> int:
+    steps_per_epoch = -(-len(dataset.train) // max(1, settings.batch_size))
+    return (settings.epochs or 0) * steps_per_epoch if settings.steps is None else settings.steps
+
+
 def trainer_of(settings: Settings, blocks: Blocks, dataset: Dataset, **more: Any) -> BlockProp | Backprop:
     """The algorithm; `more` are further arguments of it."""
-    steps_per_epoch = -(-len(dataset.train) // max(1, settings.batch_size))
-    total_steps = (settings.epochs or 0) * steps_per_epoch if settings.steps is None else settings.steps
     loss = OutputLoss(nn.CrossEntropyLoss(), class_dim=-1 if dataset.task == "language" else 1)
     common: dict[str, Any] = {
-        "scheduler": schedulers_of(settings, total_steps),
+        "scheduler": schedulers_of(settings, _total_steps(settings, dataset)),
         "clip": settings.clip,
         "accumulate": settings.accumulate,
         "precision": torch.bfloat16 if settings.precision == "bfloat16" else None,
@@ -88,6 +91,16 @@ def training_of(
         diagnose_every=settings.diagnose_every,
         on_step=on_step,
     )
+
+
+def config_of(settings: Settings, training: Training) -> dict[str, Any]:
+    """What `config.json` says: the settings, what followed from model and data, and the versions."""
+    return {
+        **settings.as_dict(),
+        "warmup_steps": warmup_of(settings, _total_steps(settings, training.dataset)),
+        "cut": training.algo.blocks.cut.as_dict(),
+        "versions": versions(),
+    }
 
 
 def weights_of(training: Training) -> bytes:

@@ -27,8 +27,9 @@ from blockprop.errors import first_line
 from blockprop.executors import PipelinedExecutor
 from blockprop.experiments.board import Board, Reporter
 from blockprop.experiments.execution import executor_of
-from blockprop.experiments.folder import claimed, settings_of, versions, write_json
+from blockprop.experiments.folder import claimed, settings_of, write_json
 from blockprop.experiments.ingredients import (
+    config_of,
     cut_of,
     dataset_of,
     network_of,
@@ -280,8 +281,7 @@ class _Block:
         training.checkpoints = Checkpoints(self.folder / "checkpoints")
         if state is not None:
             training.resume(state)
-        config = {**settings.as_dict(), "cut": algo.blocks.cut.as_dict(), "versions": versions()}
-        write_json(self.out / "config.json", config)
+        write_json(self.out / "config.json", config_of(settings, training))
         return training
 
     def _summary(self, training: Training, rendezvous: Rendezvous) -> dict[str, Any]:

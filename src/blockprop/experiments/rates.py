@@ -14,7 +14,7 @@ from blockprop.proximal import proximal_sgd
 from blockprop.schedules import delay
 from blockprop.wstep import OptimizerFactory
 
-__all__ = ["optimizers_of", "schedulers_of"]
+__all__ = ["optimizers_of", "schedulers_of", "warmup_of"]
 
 
 def optimizers_of(settings: Settings, blocks: Iterable[nn.Module]) -> list[OptimizerFactory]:
@@ -34,11 +34,21 @@ def optimizers_of(settings: Settings, blocks: Iterable[nn.Module]) -> list[Optim
     return [optimizer_named(settings.optimizer, rate, *more) for rate in rates]
 
 
+def warmup_of(settings: Settings, total_steps: int) -> int:
+    """Steps over which step sizes rise; of a pipeline a tenth of the run, unless it is said."""
+    if settings.warmup is not None:
+        return settings.warmup
+    return total_steps // 10 if _pipelined(settings) else 0
+
+
+def _pipelined(settings: Settings) -> bool:
+    return settings.who_does_what == "pipelined" and settings.algorithm == "blockprop"
+
+
 def schedulers_of(settings: Settings, total_steps: int) -> list[Callable[[Optimizer], Any]] | None:
     """Of each block: warm-up, decay, the rise from a step size over the delay; None if all are constant."""
-    pipelined = settings.who_does_what == "pipelined" and settings.algorithm == "blockprop"
-    warmup = (total_steps // 10 if pipelined else 0) if settings.warmup is None else settings.warmup
-    annealing = settings.delay_annealing if pipelined else 0
+    warmup = warmup_of(settings, total_steps)
+    annealing = settings.delay_annealing if _pipelined(settings) else 0
     # given in steps; a scheduler counts updates
     warmup, annealing = (math.ceil(steps / max(1, settings.accumulate)) for steps in (warmup, annealing))
     if settings.lr_schedule == "constant" and warmup == annealing == 0:

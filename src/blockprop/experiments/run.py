@@ -8,8 +8,9 @@ import torch
 
 from blockprop.checkpoint import Checkpoints, write_atomically
 from blockprop.experiments.execution import executor_of
-from blockprop.experiments.folder import check_empty, claimed, settings_of, versions, write_json
+from blockprop.experiments.folder import check_empty, claimed, read_json, settings_of, write_json
 from blockprop.experiments.ingredients import (
+    config_of,
     cut_of,
     dataset_of,
     network_of,
@@ -99,6 +100,8 @@ def resumed(given: Settings, out: Path) -> Settings:
         changes[field.name] = value
     if changes.keys() & {"epochs", "steps"}:
         changes = {"epochs": None, "steps": None, **changes}
+        if recorded.warmup is None:  # a share of the run as it was: the step size must not fall again
+            changes["warmup"] = read_json(out / "config.json").get("warmup_steps")
     return replace(recorded, **changes).resolved()
 
 
@@ -126,8 +129,7 @@ def _write(settings: Settings, training: Training, out: Path, state: dict[str, A
     try:
         if state is not None:
             training.resume(state)
-        cut = training.algo.blocks.cut.as_dict()
-        write_json(out / "config.json", {**settings.as_dict(), "cut": cut, "versions": versions()})
+        write_json(out / "config.json", config_of(settings, training))
         training.run()
     finally:
         training.metrics.close()

@@ -107,9 +107,9 @@ class Post:
         return message
 
     def left(self) -> list[Message]:
-        """All that lies here, without taking it."""
+        """The outputs and feedback that lie here, without taking them; what else was said is of the moment."""
         with self.arrived:
-            return [message for _, message in self._messages.values()]
+            return [message for _, message in self._messages.values() if message.kind in _COARSE]
 
     def restore(self, messages: list[Message]) -> None:
         """Put back what a checkpoint had."""

@@ -226,12 +226,11 @@ class FreeRunningExecutor:
     def state_dict(self) -> dict[str, Any]:
         """What is on its way here; all processes call it at the same point."""
         assert self._late is not None
-        kept = [m for m in self.remote.snapshot() if m.kind in ("output", "feedback")]
         return {
             "fed": self._fed,
             "visits": None if self._visits is None else self._visits.counts,
             "ids": [[n, ids] for n, ids in self._ids.items()],
-            "messages": [[m.kind, m.number, list(m.values), dict(m.more)] for m in kept],
+            "messages": [[m.kind, m.number, list(m.values), dict(m.more)] for m in self.remote.snapshot()],
             "late": self._late.state_dict(),
             "correction": self.correction.state_dict(),
         }
