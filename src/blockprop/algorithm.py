@@ -9,6 +9,7 @@ from torch import Tensor
 
 from blockprop.blocks import Blocks
 from blockprop.errors import block_failed, first_line
+from blockprop.evaluation import autocast
 from blockprop.executors import EXECUTORS, Executor, StepReport
 from blockprop.executors.executor import Synchronous, check_finite
 from blockprop.executors.mail import Remote
@@ -319,7 +320,7 @@ def backprop_gradient(
             parameter = next(block.parameters(), None)
             h = h if parameter is None else h.to(parameter.device)
             try:
-                with torch.autocast(h.device.type, precision, enabled=precision is not None):
+                with autocast(h.device, precision):
                     h = block(h)
             except torch.OutOfMemoryError:
                 raise

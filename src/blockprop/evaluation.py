@@ -159,20 +159,26 @@ class Evaluation:
 
     @classmethod
     def restored(
-        cls, block: nn.Module, state: dict[str, Any], *, differentiable: bool, precision: torch.dtype | None = None
+        cls,
+        block: nn.Module,
+        state: dict[str, Any],
+        device: torch.device,
+        *,
+        differentiable: bool,
+        precision: torch.dtype | None = None,
     ) -> "Evaluation":
         """An evaluation of the past, to be repeated: neither its output nor a buffer is computed again."""
         evaluation = cls.__new__(cls)
         evaluation.block = block
-        evaluation.device = state["input"].device
+        evaluation.device = device
         evaluation.precision = precision
         evaluation.repeatable = True
         evaluation.differentiable = differentiable
-        evaluation._buffers = state["buffers"]
+        evaluation._buffers = {name: buffer.to(device) for name, buffer in state["buffers"].items()}
         evaluation._random_state = state["random_state"]
-        evaluation.input = state["input"].requires_grad_(differentiable)
-        evaluation.output = state["output"]
-        evaluation.weights = {name: weight.requires_grad_() for name, weight in state["weights"].items()}
+        evaluation.input = state["input"].to(device).requires_grad_(differentiable)
+        evaluation.output = state["output"].to(device)
+        evaluation.weights = {name: weight.to(device).requires_grad_() for name, weight in state["weights"].items()}
         return evaluation
 
     def with_graph(self) -> "Evaluation":

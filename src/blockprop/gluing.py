@@ -1,6 +1,6 @@
 """The gluing variable of one link, as it travels: an anchor and how far it moved from it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -33,6 +33,10 @@ class Gluing:
     direction: Tensor
     count: float
     scale: float = 1.0
+
+    def to(self, device: torch.device) -> "Gluing":
+        """The same on another device, where the block below lives."""
+        return replace(self, anchor=self.anchor.to(device), direction=self.direction.to(device))
 
     @cached_property
     def displacement(self) -> Tensor:

@@ -175,7 +175,7 @@ class LateStage:
             ids: the examples' numbers; the feedback is then kept in the cache.
         """
         evaluation, (sent, version) = self.flights.pop(number), self._sent.pop(number)
-        correction = self.correction
+        correction, gluing = self.correction, gluing.to(self.stage.device)
         # at the weights that it was evaluated with, it need not be evaluated again
         still = self._still[number % self.parts] = version == self.version and not evaluation.weights
         self._fresh = True
@@ -339,13 +339,14 @@ class LateStage:
         stage = self.stage
         restored = {
             number: Evaluation.restored(
-                stage.block, saved, differentiable=stage.below is not None, precision=stage.precision
+                stage.block, saved, stage.device, differentiable=stage.below is not None, precision=stage.precision
             )
             for number, saved in state["flights"]
         }
         self.flights = restored
         self._sent = {number: (tick, version) for number, tick, version in state["sent"]}
-        self._velocity, self._fresh, self._count = state["velocity"], state["fresh"], state["count"]
+        self._velocity = [mean.to(stage.device) for mean in state["velocity"]]
+        self._fresh, self._count = state["fresh"], state["count"]
         self._share, self._lost = state.get("share", 0.0), state.get("lost", False)  # not there in older checkpoints
         self._copy = None  # of other weights, though the number of updates may be the same
         if self.cache is not None and state["cache"] is not None:

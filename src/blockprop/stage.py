@@ -154,7 +154,7 @@ class Stage:
             return target
         if isinstance(self.above, Link):
             assert isinstance(target, Gluing)
-            return PenaltyTerm(self.above.penalty, target)
+            return PenaltyTerm(self.above.penalty, target.to(self.device))
         assert isinstance(target, Tensor)
         return LossTerm(self.above, target.to(self.device))
 

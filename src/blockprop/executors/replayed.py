@@ -157,6 +157,7 @@ def _h_step(stage: Stage, evaluation: Evaluation, term: UpperTerm, start: Gluing
     assert stage.below is not None and isinstance(stage.below.solver, GradientDescent)
     penalty, solver = stage.below.penalty, stage.below.solver
     assert solver.lr is not None
+    start, anchor = start.to(stage.device), anchor.to(stage.device)
     displacement, count = start.residual(anchor), start.count
     point, output = evaluation.input, evaluation.with_graph().output
     for taken in range(solver.steps):
@@ -180,6 +181,6 @@ def _feedback(gluing: Gluing, stage: Stage, term: Tensor) -> Feedback:
 def _report(stage: Stage, old: Gluing, new: Gluing, output: Tensor, age: float, due: bool) -> LinkReport:
     assert stage.below is not None and isinstance(stage.below.solver, GradientDescent)
     drift = float((output - old.anchor).square().sum()) / len(output)
-    gluing_loss = new.residual(output).square().sum() / len(output)
+    gluing_loss = new.to(output.device).residual(output).square().sum() / len(output)
     steps = stage.below.solver.steps if due else 0
     return LinkReport(gluing_loss, steps, residual=1.0, converged=False, stable=True, age=age, drift=drift)
