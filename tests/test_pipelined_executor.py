@@ -212,6 +212,30 @@ def test_losing_half_of_the_feedback_still_moves_the_blocks_below():
     assert nothing_is_on_its_way(executor)
 
 
+def test_a_schedule_that_updates_after_every_batch_has_no_microbatches():
+    with pytest.raises(ValueError, match="the schedule updates after each"):
+        PipelinedExecutor(sequential, microbatches=2)
+
+
+def test_compensation_adds_the_squared_gradient_times_the_way_of_the_weights():
+    """DC-ASGD, Eq. 10 of Zheng et al. 2017; block 1's second update is the first that is late."""
+
+    def first_block(compensation, steps):
+        torch.manual_seed(1)
+        executor = PipelinedExecutor(curvature=Constant(0), reuse=True, compensation=compensation)
+        algo = trainer(executor, K=2, model=mlp(depth=4), lr=0.5)
+        for x, y in data()[:steps]:
+            algo.step(x, y)
+        return flat(algo.stages[0].block.parameters())
+
+    start, one, two = (first_block(0.0, steps) for steps in (1, 3, 4))
+    gradient = (one - two) / 0.5
+    expected = two - 0.5 * 3.0 * gradient**2 * (one - start)
+    assert torch.equal(first_block(3.0, 3), one)
+    torch.testing.assert_close(first_block(3.0, 4), expected)
+    assert not torch.allclose(expected, two)
+
+
 def test_the_step_size_schedule_goes_on_where_feedback_is_lost():
     """A block that lost a whole batch must not be at a larger step size than the others for the rest of the run."""
 

@@ -20,7 +20,7 @@ from blockprop.executors.executor import LinkReport, StepReport, check_finite
 from blockprop.executors.mail import LocalMail, Mail, Remote
 from blockprop.executors.turns import Turns
 from blockprop.latestage import LateStage, Learnt
-from blockprop.schedules import Action, Latency, Tick, delay, pipelined
+from blockprop.schedules import Action, Latency, Tick, delay, parallel, pipelined, sequential
 from blockprop.stage import Stage
 
 __all__ = ["PipelinedExecutor", "check_form"]
@@ -73,6 +73,11 @@ class PipelinedExecutor:
             raise ValueError(f"correction and {min(corrections)} are both given; expected one of the two")
         if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
             raise ValueError(f"microbatches is {microbatches}; expected a whole number of at least 1")
+        if microbatches > 1 and schedule in (sequential, parallel):
+            raise ValueError(
+                f"microbatches is {microbatches}, and the schedule updates after each; expected 1 with it, or "
+                "accumulate in the W-steps"
+            )
         if schedule is not None and cache is not None:
             raise ValueError("a cache decides which batches have feedback; expected no schedule with it")
         self.correction = correction or Correction(**corrections)
