@@ -21,14 +21,15 @@ DEVICES = ("cpu", "lazy:0")  # any name of a device will do that needs no driver
 
 
 class Pretended(FakeTensorMode):
-    """Tensors without values, whose values are told nevertheless: 1, and equal to each other."""
+    """Tensors without values, whose values are told nevertheless: 1, and equal to each other; conditions as given."""
 
-    def __init__(self):
+    def __init__(self, true=True):
         super().__init__(allow_non_fake_inputs=True)
+        self.true = true
 
     def dispatch(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
-            return torch.ones((), dtype=args[0].dtype).item()
+            return self.true if args[0].dtype == torch.bool else torch.ones((), dtype=args[0].dtype).item()
         if func is torch.ops.aten.equal.default:
             return True
         return super().dispatch(func, types, args, kwargs)
@@ -68,8 +69,8 @@ def step(algo):
         algo.step(torch.randn(8, 6), torch.randint(5, (8,)), torch.arange(8))
 
 
-def train(first, second, executor, **more):
-    with Pretended():
+def train(first, second, executor, true=True, **more):
+    with Pretended(true):
         blocks = blockprop.split(network(first, second), at=["2"])
         algo = blockprop.BlockProp(blocks, nn.CrossEntropyLoss(), sgd(), executor=executor, **more)
         step(algo)
@@ -78,9 +79,22 @@ def train(first, second, executor, **more):
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 @pytest.mark.parametrize("devices", [DEVICES, DEVICES[::-1]])
+@pytest.mark.parametrize("true", [True, False])
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_messages_come_to_the_block_s_device(executor, devices):
-    train(*devices, EXECUTORS[executor]())
+def test_messages_come_to_the_block_s_device(executor, true, devices):
+    train(*devices, EXECUTORS[executor](), true)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("devices", [DEVICES, DEVICES[::-1]])
+def test_a_pipeline_that_is_watched(devices):
+    with Pretended():
+        executor = PipelinedExecutor(curvature=Constant(0.1))
+        blocks = blockprop.split(network(*devices), at=["2"])
+        algo = blockprop.BlockProp(blocks, nn.CrossEntropyLoss(), sgd(), executor=executor)
+        executor.watch(2)
+        step(algo)
+        assert len(executor.watched()) == 2
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")

@@ -16,6 +16,7 @@ from blockprop.checkpoint import load_state, save_state
 from blockprop.curvature import Constant, PerExample, Secant
 from blockprop.executors import PipelinedExecutor
 from blockprop.objective import TargetTerm
+from blockprop.proximal import proximal_sgd
 from blockprop.schedules import Action, Latency, sequential
 from conftest import batch, flat, mlp, sgd
 
@@ -488,8 +489,9 @@ def test_the_links_take_turns():
     assert found == [(0, 0), (3, 1), (6, 0), (9, 1)]
 
 
-def test_every_link_is_measured_once_in_its_turn(monkeypatch):
-    """Two of six microbatches at the most see an update on the upper links: they are waited for."""
+@pytest.mark.parametrize(("microbatches", "accumulate"), [(6, 1), (2, 2), (1, 4)])
+def test_every_link_is_measured_once_in_its_turn(monkeypatch, microbatches, accumulate):
+    """Few microbatches of a batch, or of accumulated batches, see the weights move: these are waited for."""
     asked = Counter()
     measure = Secant.measure
 
@@ -499,12 +501,37 @@ def test_every_link_is_measured_once_in_its_turn(monkeypatch):
         measure(self, link, way, change, slope)
 
     monkeypatch.setattr(Secant, "measure", counting)
-    algo = trainer(PipelinedExecutor(microbatches=6, curvature=Secant(5)), 4, mlp(depth=6))
-    for x, y in data(40, 24):
+    executor = PipelinedExecutor(microbatches=microbatches, curvature=Secant(5))
+    algo = blockprop.BlockProp(blockprop.split(mlp(depth=6), 4), CE, sgd(0.1), executor=executor, accumulate=accumulate)
+    batches = 240 // microbatches
+    for x, y in data(batches, 24):
         algo.step(x, y)
-    turns = 40 * 6 // 5 // 3
+    turns = 240 // 5 // 3
     assert set(asked) == {0, 1, 2}
-    assert all(turns - 2 <= count <= turns for count in asked.values())
+    assert all(turns - 3 <= count <= turns for count in asked.values())
+
+
+@pytest.mark.parametrize(("n", "M"), [(36, 7), (100, 22), (250, 30)])
+def test_a_full_batch_has_all_its_parts(n, M):
+    """Sizes at which n / (n / M) is less than M in floating point."""
+    executor = PipelinedExecutor(microbatches=M, curvature=Constant(0))
+    algo = trainer(executor, 2, mlp(depth=2))
+    algo.step(*batch(n))
+    algo.step(*batch(n))
+    assert [number for number, part in executor._parts.items() if part is None] == []
+
+
+def test_losing_a_whole_update_is_no_update_of_a_proximal_step():
+    """Its preconditioner counts updates, and has seen no inputs since the last."""
+    model = mlp(depth=4).float()
+    blocks = blockprop.split(model, 3)
+    optimizers = [proximal_sgd(block, 0.1, damping=1.0) for block in blocks]
+    executor = PipelinedExecutor(latency=Latency(0, 0.5, 0), curvature=Constant(0))
+    algo = blockprop.BlockProp(blocks, CE, optimizers, executor=executor)
+    for x, y in data():
+        algo.step(x.float(), y)
+    algo.finish()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("K", [2, 3, 4, 5, 6])

@@ -96,7 +96,8 @@ class Secant:
     """κ = ⟨Δg, d⟩ / ⟨d, d⟩, measured while training, a link at a time; no less than 0, and 0 until first measured.
 
     Δg is the difference of today's gradients at b_now(h) and at b_old(h). One measurement is of a few examples and
-    varies by its own size, so that κ is the mean of many.
+    varies by its own size, so that κ is a mean with a long memory. It begins at the first measurement, which weighs
+    a third after twenty.
 
     Args:
         every: ticks between two measurements, default 20; the links take turns.

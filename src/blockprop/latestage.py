@@ -252,6 +252,10 @@ class LateStage:
         self._sent.pop(number, None)
         self._fresh = self._lost = True
 
+    def absent(self) -> None:
+        """Feedback on a microbatch that has no examples here, and has some in another replica of the block."""
+        self._fresh = True
+
     def update(self) -> None:
         """The optimizer's step; none where no feedback was due since the last, as when the pipeline runs empty.
 
@@ -308,8 +312,9 @@ class LateStage:
         self.cache.write(0, ids, old, now, step=tick)
 
     def moved(self, number: int) -> bool:
-        """Whether the block has made an update since it forwarded this batch."""
-        return self._sent[number][1] != self.version
+        """Whether the block's weights have moved since it forwarded this batch."""
+        accumulate = self.stage.wstep.accumulate
+        return self._sent[number][1] // accumulate != self.version // accumulate
 
     def wants(self, tick: int) -> bool:
         """Whether it is this link's turn to have the curvature above it measured."""

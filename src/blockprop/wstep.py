@@ -70,7 +70,10 @@ class WStep:
         self.calls = 0
         self._sums: list[Tensor | None] = [None] * len(self.parameters)  # that nobody else holds
         self.average: Callable[[Sequence[nn.Parameter]], None] | None = None
-        """Called before every update, to average the gradients with those of the block's replicas elsewhere."""
+        """Called before every update, to average the gradients with those of the block's replicas elsewhere.
+
+        A parameter of which no replica has a gradient is left without one.
+        """
 
     def add(self, gradients: Sequence[Tensor | None], divide_by: float = 1.0) -> None:
         """Take the gradients of one batch, one per parameter, each divided by `divide_by`, onto `.grad`."""
@@ -111,7 +114,8 @@ class WStep:
             self.average(self.parameters)
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.step()
+        if any(parameter.grad is not None for parameter in self.parameters):  # feedback may all have been lost
+            self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
         self.forget()

@@ -342,7 +342,10 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
     assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "20", "--quiet"]) == 0
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", "four"), ("penalty", 3), ("lr", "fast"), ("data_dir", 7)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", "four"), ("penalty", 3), ("lr", "fast"), ("data_dir", 7), ("form", "new"), ("blocks", True)],
+)
 def test_a_configuration_with_a_value_of_a_wrong_type(tmp_path, capsys, key, value):
     train(tmp_path / "run")
     path = tmp_path / "run/config.json"
@@ -350,7 +353,7 @@ def test_a_configuration_with_a_value_of_a_wrong_type(tmp_path, capsys, key, val
     capsys.readouterr()
     assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "20", "--quiet"]) == 2
     printed = capsys.readouterr().err.strip()
-    assert "config.json has a value of a wrong type" in printed and "\n" not in printed
+    assert f"config.json has {value!r} for {key}; expected one written by a run" in printed and "\n" not in printed
 
 
 @pytest.mark.parametrize("where", ["flip", "cut", "empty", "foreign", "config", "no-config"])

@@ -175,7 +175,9 @@ def test_a_run_that_goes_on_longer_keeps_its_warm_up(tmp_path):
     out = tmp_path / "run"
     assert train(out, "--schedule", "pipelined", "--checkpoint-every", "20", steps=40) == 0
     assert json.loads((out / "config.json").read_text())["warmup_steps"] == 4
-    assert main(["train", "--resume", "--out", str(out), "--steps", "400", "--quiet"]) == 0
+    more = ["--steps", "1000", "--log-every", "10"]  # a tenth of which is 100
+    assert main(["train", "--resume", "--out", str(out), *more, "--quiet"]) == 0
+    assert json.loads((out / "config.json").read_text())["warmup_steps"] == 4
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {row["lr"][0] for row in rows if row["kind"] == "train" and row["step"] > 40} == {0.1}
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from blockprop.evaluation import autocast
 from blockprop.losses import OutputLoss
 from blockprop.stage import Stage
 
@@ -32,11 +33,13 @@ def late_alignment(
     loss, wstep = stages[-1].above, stages[k - 1].wstep
     assert isinstance(loss, OutputLoss)
     h = inputs
-    with torch.random.fork_rng(devices=[h.device] if h.is_cuda else []), torch.enable_grad():
+    devices = list({stage.device for stage in stages if stage.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
         for stage in stages:
             copies = {name: buffer.clone() for name, buffer in stage.block.named_buffers()}
-            h = functional_call(stage.block, copies, (h.to(stage.device),))
-        mean, _ = loss(h, labels.to(h.device))
+            with autocast(stage.device, stage.precision):
+                h = functional_call(stage.block, copies, (h.to(stage.device),))
+        mean, _ = loss(h.float() if h.dtype == torch.bfloat16 else h, labels.to(h.device))
     today = torch.autograd.grad(mean * share / wstep.accumulate, wstep.parameters, allow_unused=True)
     ours, theirs = [], []
     for parameter, old, new in zip(wstep.parameters, before, today, strict=True):

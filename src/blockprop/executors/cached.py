@@ -165,6 +165,7 @@ class CachedExecutor(Synchronous):
 
     def _measure(self, link: int, then: Entries, now: Entries) -> None:
         # both slopes are known: nothing is evaluated
+        now = Entries(*(value.to(then.anchor.device) for value in now))  # from the device of the block above
         self.curvature.measure(link, self._way(then, now.anchor), now.direction - then.direction, then.direction)
 
     def _reuse(

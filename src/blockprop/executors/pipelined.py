@@ -98,7 +98,7 @@ class PipelinedExecutor:
         self.tick = 0
         self._fed = self._taken = 0  # microbatches, in steps and by the schedule
         self._parts: dict[int, _Part | None] = {}  # on their way; None for one that has no examples
-        self._size = 0.0  # examples of a microbatch, in the largest batch so far
+        self._largest = 0  # examples of a batch, so far
         self._turns = Turns()
 
     def step(
@@ -150,8 +150,8 @@ class PipelinedExecutor:
             self._without += [False] * (self._fed // self.microbatches - len(self._without))
             self._without.append(not self._visits.due(ids))
         # a short last batch is cut into fewer parts of the same size: BatchNorm needs more than one example
-        self._size = max(self._size, len(known) / self.microbatches)
-        count = min(self.microbatches, max(1, int(len(known) / self._size)))
+        self._largest = max(self._largest, len(known))
+        count = max(1, len(known) * self.microbatches // self._largest)
         cut = [self._cut(value, count) for value in (known, inputs, targets, ids)]
         for number, (one, x, y, i) in enumerate(zip(*cut, strict=True), self._fed):
             # an empty one is waited for as well, so that all replicas of a block come to the end together
@@ -202,6 +202,7 @@ class PipelinedExecutor:
             return
         check_form(stages)
         blocks = len(stages)
+        self._turns = Turns(stages[0].wstep.accumulate)
         self._lates = [
             LateStage(
                 stage,
@@ -255,6 +256,8 @@ class PipelinedExecutor:
             return
         part = self._parts[number]
         if part is None:
+            if kind != "forward":
+                late.absent()
             self._end(k, kind, number)
             return
         if kind == "forward":
@@ -323,7 +326,7 @@ class PipelinedExecutor:
         return {
             "tick": self.tick,
             "fed": self._fed,
-            "size": self._size,
+            "largest": self._largest,
             "due": sorted(self._turns.due),
             "without": list(self._without),
             "visits": None if self._visits is None else self._visits.counts,
@@ -338,9 +341,10 @@ class PipelinedExecutor:
 
     def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
         """Continue from what `state_dict` returned, with the same settings."""
-        self._ticks, self._turns = None, Turns()
+        self._ticks = None
         self._furnish(stages)
-        self._size, self._turns.due = state.get("size", 0.0), set(state.get("due", ()))  # not in older checkpoints
+        self._turns = Turns(stages[0].wstep.accumulate)
+        self._largest, self._turns.due = state.get("largest", 0), set(state.get("due", ()))  # not in older checkpoints
         self.tick, self._fed, self._without = state["tick"], state["fed"], list(state["without"])
         if self._visits is not None:
             self._visits.counts = state["visits"].clone()

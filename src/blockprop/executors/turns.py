@@ -15,12 +15,16 @@ class Turns:
     update. A link whose turn has come waits for one that does: so much can be told from the schedule, which all
     processes know, and they all have to take part.
 
+    Args:
+        accumulate: the weights move at every n-th update; default 1.
+
     Attributes:
         due: the links whose turn has come, from 0 at the bottom.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accumulate: int = 1) -> None:
         self.due: set[int] = set()
+        self._accumulate = accumulate
         self._updates: Counter[int] = Counter()  # by block
         self._forwarded: dict[tuple[int, int], int] = {}  # by block and microbatch: the updates before it
 
@@ -29,7 +33,8 @@ class Turns:
         k, _, number = action
         before = itertools.takewhile(lambda other: other != action, tick)
         updates = self._updates[k] + sum(kind == "update" and j == k for j, kind, _ in before)
-        if k - 1 not in self.due or updates == self._forwarded.get((k, number), updates):
+        then = self._forwarded.get((k, number), updates)
+        if k - 1 not in self.due or updates // self._accumulate == then // self._accumulate:
             return False
         self.due.remove(k - 1)
         return True

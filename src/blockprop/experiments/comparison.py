@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blockprop.executors.executor import DivergedError
-from blockprop.experiments.folder import read_json, settings_of, write_json
+from blockprop.experiments.folder import claimed, read_json, settings_of, write_json
 from blockprop.experiments.run import resume, run
 from blockprop.experiments.settings import Settings
 
@@ -232,5 +232,6 @@ def _make(settings: Settings, folder: Path, *, quiet: bool) -> dict[str, Any]:
     if any((folder / "checkpoints").glob("*.safetensors")):
         return resume(settings, folder, quiet=quiet)
     if (folder / "config.json").exists():  # a run stopped before its first checkpoint
-        shutil.rmtree(folder)
+        with claimed(folder):
+            shutil.rmtree(folder)
     return run(settings, folder, quiet=quiet)

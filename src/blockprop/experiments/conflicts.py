@@ -1,7 +1,6 @@
 """Which settings go together: what has no effect beside the others, and what excludes each other."""
 
 import math
-import os
 from typing import TYPE_CHECKING
 
 from blockprop.experiments.optimizers import OptimizerName
@@ -109,9 +108,8 @@ def _check_training(settings: "Settings", optimizer: OptimizerName) -> None:
     for flag, steps in (("--warmup", settings.warmup), ("--delay-annealing", settings.delay_annealing)):
         if steps is not None and steps < 0:
             raise ValueError(f"{flag} is {steps}; expected a whole number of steps, at least 0")
-    most = 16 * (os.cpu_count() or 1)  # far beyond it the system refuses, in many words
-    if settings.threads is not None and not 1 <= settings.threads <= most:
-        raise ValueError(f"--threads is {settings.threads}; expected a whole number from 1 to {most} on this machine")
+    if settings.threads is not None and settings.threads < 1:
+        raise ValueError(f"--threads is {settings.threads}; expected a whole number of at least 1")
     for flag, rate in (("--lr", settings.lr), *(("--block-lr", rate) for rate in settings.block_lr)):
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"{flag} is {rate}; expected a positive finite step size")
@@ -131,15 +129,23 @@ def _check_blocks(settings: "Settings") -> None:
     _check_schedule(settings)
 
 
+def _check_form(settings: "Settings") -> None:
+    wanted: tuple[str, ...]
+    if settings.executor == "processes":
+        where, wanted = "--executor processes", ("exact", "proximal")
+    elif settings.who_does_what == "pipelined":
+        where, wanted = "--schedule pipelined", ("exact", "proximal")
+    elif settings.who_does_what == "cached":
+        where, wanted = ("--replay", ("published",)) if settings.replay else ("--schedule cached", ("exact",))
+    else:
+        return
+    if settings.form not in wanted:
+        raise ValueError(f"--form {settings.form} does not go with {where}; expected --form {' or '.join(wanted)}")
+
+
 def _check_schedule(settings: "Settings") -> None:
     if settings.algorithm == "blockprop":
-        forms = {"pipelined": ("exact", "proximal"), "cached": ("published",) if settings.replay else ("exact",)}
-        wanted = forms.get(settings.who_does_what, (settings.form,))
-        if settings.form not in wanted:
-            raise ValueError(
-                f"--form {settings.form} does not go with {'--replay' if settings.replay else 'late feedback'}; "
-                f"expected --form {wanted[0]}, or --schedule sync"
-            )
+        _check_form(settings)
     if settings.compensation and settings.feedback != "stashed":
         raise ValueError("--compensation corrects gradients at stashed weights; expected --feedback stashed with it")
     if settings.cache_limit is not None and not 0 <= settings.cache_limit < math.inf:

@@ -84,11 +84,10 @@ def settings_of(out: Path) -> Settings:
     if missing := {"data", "model", "algorithm", "seed"} - recorded.keys():
         raise ValueError(f"{out / 'config.json'} lacks {min(missing)!r}; expected one written by a run")
     try:
-        return Settings.of_dict(recorded).resolved()
-    except (TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{out / 'config.json'} has a value of a wrong type ({error}); expected one written by a run"
-        ) from error
+        settings = Settings.of_dict(recorded)
+    except ValueError as error:
+        raise ValueError(f"{out / 'config.json'} has {error}; expected one written by a run") from error
+    return settings.resolved()
 
 
 def read_json(path: Path) -> dict[str, Any]:

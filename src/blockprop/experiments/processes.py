@@ -183,21 +183,27 @@ class _Block:
         try:
             torch.set_num_threads(self.settings.threads or 1)
             self._compare(rendezvous)
-            state = self._state(rendezvous) if resume else None
-            dataset = self._data()
-            algo, neighbours = self._algorithm(dataset, rendezvous)
-            with claimed(self.folder):
-                training = self._training(algo, dataset, rendezvous, state)
-                try:
-                    training.run()
-                    summary = self._summary(training, rendezvous)
-                finally:
-                    assert training.metrics is not None
-                    training.metrics.close()
+            with contextlib.ExitStack() as stack:
+                if resume:  # before a checkpoint is looked at that another process might be writing
+                    stack.enter_context(claimed(self.folder))
+                state = self._state(rendezvous) if resume else None
+                dataset = self._data()
+                algo, neighbours = self._algorithm(dataset, rendezvous)
+                if not resume:  # not before all mistakes are said
+                    stack.enter_context(claimed(self.folder))
+                summary = self._train(self._training(algo, dataset, rendezvous, state), rendezvous)
             neighbours.close()
             return summary
         finally:
             self.finished.set()
+
+    def _train(self, training: Training, rendezvous: Rendezvous) -> dict[str, Any]:
+        try:
+            training.run()
+            return self._summary(training, rendezvous)
+        finally:
+            assert training.metrics is not None
+            training.metrics.close()
 
     def _compare(self, rendezvous: Rendezvous) -> None:
         """Refuse to train with processes that were started with other settings."""

@@ -1,5 +1,6 @@
 """One run: from settings to a folder with configuration, metrics, checkpoints, summary and the trained model."""
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]
     settings = checked(settings)
     if settings.executor == "processes":
         return launch(settings, out, quiet=quiet)
-    return _train(settings, out, None, quiet=quiet)
+    return _train(settings, out, resume=False, quiet=quiet)
 
 
 def checked(settings: Settings) -> Settings:
@@ -60,7 +61,15 @@ def checked(settings: Settings) -> Settings:
     """
     for why in settings.unused().values():
         raise ValueError(why)
+    _check_threads(settings)
     return settings.resolved()
+
+
+def _check_threads(settings: Settings) -> None:
+    """Only of what is asked for here: a run may have been made on a larger machine."""
+    most = 16 * (os.cpu_count() or 1)  # far beyond it the system refuses, in many words
+    if settings.threads is not None and settings.threads > most:
+        raise ValueError(f"--threads is {settings.threads}; expected a whole number from 1 to {most} on this machine")
 
 
 def resume(given: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def resume(given: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]
     settings = resumed(given, out)
     if settings.executor == "processes":
         return launch(settings, out, resume=True, quiet=quiet)
-    return _train(settings, out, Checkpoints(out / "checkpoints").newest(), quiet=quiet)
+    return _train(settings, out, resume=True, quiet=quiet)
 
 
 def resumed(given: Settings, out: Path) -> Settings:
@@ -88,6 +97,7 @@ def resumed(given: Settings, out: Path) -> Settings:
     Raises:
         ValueError: as in `resume`.
     """
+    _check_threads(given)
     recorded = settings_of(out)
     changes = {}
     for field in fields(Settings):
@@ -100,12 +110,15 @@ def resumed(given: Settings, out: Path) -> Settings:
         changes[field.name] = value
     if changes.keys() & {"epochs", "steps"}:
         changes = {"epochs": None, "steps": None, **changes}
-        if recorded.warmup is None:  # a share of the run as it was: the step size must not fall again
-            changes["warmup"] = read_json(out / "config.json").get("warmup_steps")
+        steps = read_json(out / "config.json").get("warmup_steps")  # not in older runs
+        if recorded.warmup is None and isinstance(steps, int):
+            changes["warmup"] = steps  # a share of the run as it was: the step size must not fall again
     return replace(recorded, **changes).resolved()
 
 
-def _train(settings: Settings, out: Path, state: dict[str, Any] | None, *, quiet: bool) -> dict[str, Any]:
+def _train(settings: Settings, out: Path, *, resume: bool, quiet: bool) -> dict[str, Any]:
+    if resume:
+        Checkpoints(out / "checkpoints").newest()  # what is wrong with it is said first
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     dataset = dataset_of(settings)
@@ -119,7 +132,9 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, *, quiet
         training = training_of(settings, algo, dataset, progress.update)
         # all that can be wrong with the settings has been said: from here on, files are written
         with claimed(out):
-            return _write(settings, training, out, state)
+            if not resume:
+                check_empty(out)
+            return _write(settings, training, out, Checkpoints(out / "checkpoints").newest() if resume else None)
 
 
 def _write(settings: Settings, training: Training, out: Path, state: dict[str, Any] | None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from cyclopts import Group, Parameter
@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 from blockprop.data import NAMES
 from blockprop.experiments import conflicts
 from blockprop.experiments.optimizers import USUAL_MOMENTUM, OptimizerName
+from blockprop.experiments.recorded import check_types, under_todays_names
 from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
 from blockprop.models.catalogue import sizes
@@ -368,11 +369,13 @@ class Settings:
 
     @classmethod
     def of_dict(cls, recorded: dict[str, Any]) -> "Settings":
-        """What `as_dict` returned; what an older run did not record is at its default."""
-        if "lr_schedule" not in recorded and "schedule" in recorded:
-            recorded = {**recorded, "lr_schedule": recorded["schedule"], "schedule": None}  # its name in older runs
-        if recorded.get("optimizer") in ("adam", "adamw", "nadam") and recorded.get("momentum") == 0:
-            recorded = {**recorded, "momentum": USUAL_MOMENTUM["adam"]}  # it was not theirs to set in older runs
+        """What `as_dict` returned; what an older run did not record is at its default.
+
+        Raises:
+            ValueError: a value that is not of its setting's type.
+        """
+        recorded = under_todays_names(recorded)
+        check_types(recorded, get_type_hints(cls))
         values = {key: recorded.get(key, default) for key, default in asdict(cls()).items()}
         for key in ("penalty", "split_at", "block_lr", "devices"):
             values[key] = tuple(values[key])

@@ -228,6 +228,7 @@ class FreeRunningExecutor:
         assert self._late is not None
         return {
             "fed": self._fed,
+            "due": self._due,
             "visits": None if self._visits is None else self._visits.counts,
             "ids": [[n, ids] for n, ids in self._ids.items()],
             "messages": [[m.kind, m.number, list(m.values), dict(m.more)] for m in self.remote.snapshot()],
@@ -238,7 +239,7 @@ class FreeRunningExecutor:
     def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
         """Continue from what `state_dict` returned, with the same settings."""
         self._furnish(stages).load_state_dict(state["late"])
-        self._fed = state["fed"]
+        self._fed, self._due = state["fed"], state.get("due", False)  # not in older checkpoints
         self._ids = dict(state["ids"])
         if self._visits is not None:
             self._visits.counts = state["visits"].clone()

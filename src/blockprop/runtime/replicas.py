@@ -37,18 +37,22 @@ class Replicas:
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Put the mean of all replicas' gradients on `.grad`; all replicas call it in the same order.
 
+        What no replica has a gradient of is left without one: feedback may have been lost.
+
         Raises:
             LostError: a replica is gone.
         """
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
             some = [index for index, gradient in enumerate(gradients) if gradient.dtype == dtype]
-            flat = torch.cat([gradients[index].flatten() for index in some]).cpu()
+            here = torch.tensor([parameters[index].grad is not None for index in some], dtype=dtype)
+            flat = torch.cat([here, *(gradients[index].flatten().cpu() for index in some)])
             self._sum(flat)
-            flat /= self.count
-            parts = torch.split(flat, [gradients[index].numel() for index in some])
-            for index, part in zip(some, parts, strict=True):
-                parameters[index].grad = part.view(gradients[index].shape).to(gradients[index].device)
+            having, *parts = torch.split(flat, [len(some), *(gradients[index].numel() for index in some)])
+            for index, count, part in zip(some, having.tolist(), parts, strict=True):
+                if count:
+                    mean = (part / self.count).view(gradients[index].shape)
+                    parameters[index].grad = mean.to(gradients[index].device)
 
     def _sum(self, flat: Tensor) -> None:
         try:
