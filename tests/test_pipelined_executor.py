@@ -399,6 +399,10 @@ def test_the_secant_of_a_quadratic_is_its_curvature():
     assert secant.at(0, slope) == pytest.approx(3.0, rel=1e-5)
     secant.measure(0, way, 5.0 * way, slope)
     assert secant.at(0, slope) == pytest.approx(4.0, rel=1e-5)
+    secant.measure(0, way, 10.0 * way, slope)
+    assert secant.at(0, slope) == pytest.approx(7.0, rel=1e-5)  # no longer all alike
+    secant.measure(0, way, 1.0 * way, slope)
+    assert secant.at(0, slope) == pytest.approx(4.0, rel=1e-5)
     secant.measure(1, way, -way, slope)
     assert secant.at(1, slope) == 0.0
     secant.measure(0, 0 * way, 0 * way, slope)

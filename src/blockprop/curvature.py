@@ -96,20 +96,22 @@ class Secant:
     """κ = ⟨Δg, d⟩ / ⟨d, d⟩, measured while training, a link at a time; no less than 0, and 0 until first measured.
 
     Δg is the difference of today's gradients at b_now(h) and at b_old(h). One measurement is of a few examples and
-    varies by its own size, so that κ is a mean with a long memory. It begins at the first measurement, which weighs
-    a third after twenty.
+    varies by its own size, so that κ is a mean of many: of all alike at first, so that none of the first lasts, since
+    curvature falls by an order of magnitude in the first steps, and a κ that is much too large does harm.
 
     Args:
         every: ticks between two measurements, default 20; the links take turns.
-        memory: what is kept of the running mean at a new measurement, in [0, 1), default 0.95.
+        memory: what is kept of the running mean at a new measurement, in [0, 1), default 0.9; 1 - 1/n at the n-th,
+            while that is less.
 
     Raises:
         ValueError: a setting out of its range.
     """
 
     every: int = 20
-    memory: float = 0.95
+    memory: float = 0.9
     values: dict[int, float] = field(default_factory=dict, init=False)
+    counts: dict[int, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
@@ -132,16 +134,18 @@ class Secant:
         if square == 0:
             return
         found = max(0.0, float(torch.sum(change * way)) / square)
-        before = self.values.get(link, found)
-        self.values[link] = self.memory * before + (1 - self.memory) * found
+        self.counts[link] = count = self.counts.get(link, 0) + 1
+        kept = min(self.memory, 1 - 1 / count)
+        self.values[link] = kept * self.values.get(link, 0.0) + (1 - kept) * found
 
     def state_dict(self) -> dict[str, Any]:
-        """The running means."""
-        return {"values": dict(self.values)}
+        """The running means, and of how many measurements they are."""
+        return {"values": dict(self.values), "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with these means."""
         self.values = dict(state["values"])
+        self.counts = dict(state.get("counts") or dict.fromkeys(self.values, 20))  # not in older checkpoints
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def test_two_blocks_by_two_replicas(tmp_path):
 def test_replicas_come_to_the_end_together(tmp_path):
     """An epoch's last batch is shared as 16 and 15 examples, of which one has two parts of eight and the other one."""
     words = ["train", *SMALL, "--microbatches", "4", "--batch-size", "64", "--train-size", "95", "--steps", "6"]
-    words += ["--blocks", "3", "--latency", "3", "--lost", "0.2", "--seed", "2"]
+    words += ["--blocks", "3", "--latency", "3", "--lost", "0.2", "--seed", "9"]  # a draw that makes a difference
     process = start(*BLOCKPROP, *words, *PROCESSES, "--replicas", "2", "--out", tmp_path / "run")
     code, _, error = ended(process)
     assert code == 0, error
