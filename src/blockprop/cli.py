@@ -197,6 +197,8 @@ def compare(
 ) -> None:
     """Run several algorithms or settings over several seeds, on the same data in the same order."""
     check_folder(out)
+    if settings.seed != _DEFAULTS.seed:
+        raise ValueError(f"--seed {settings.seed} is of one run; expected --seeds, for all variants alike")
     variants = {text: _variant(settings, text) for text in variant or ("backprop", "blockprop")}
     unused = [one.unused() for one in variants.values()]
     for key, why in (unused[0] | settings.unused()).items():
@@ -367,6 +369,8 @@ def schedule(
         raise ValueError(f"--ticks is {ticks}; expected a whole number of at least 1")
     if kind != "pipelined" and (microbatches, latency, lost, copies) != (1, 0, 0.0, 1):
         raise ValueError("--microbatches, --latency, --lost and --copies are of the pipelined schedule: leave them out")
+    if copies != 1 and not lost:
+        raise ValueError("--copies has no effect without --lost: leave it out")
 
     def made() -> Iterator[schedules.Tick]:
         if kind == "pipelined":
