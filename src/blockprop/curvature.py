@@ -97,7 +97,7 @@ class Secant:
 
     Δg is the difference of today's gradients at b_now(h) and at b_old(h). One measurement is of a few examples and
     varies by its own size, so that κ is a mean of many: of all alike at first, so that none of the first lasts, since
-    curvature falls by an order of magnitude in the first steps, and a κ that is much too large does harm.
+    curvature falls fast in the first steps, and a κ that is much too large does harm.
 
     Args:
         every: ticks between two measurements, default 20; the links take turns.

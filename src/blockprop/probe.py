@@ -32,7 +32,7 @@ class Probe:
     def carried(self, points: Points) -> Points:
         """This block's outputs at another's outputs."""
         with torch.no_grad():
-            return [self._aside(point) for point in points]
+            return [self.aside(point) for point in points]
 
     def pulled(self, points: Points, slopes: Points) -> Points:
         """Slopes in this block's inputs `points`, from slopes in its outputs there."""
@@ -40,7 +40,7 @@ class Probe:
         for point, slope in zip(points, slopes, strict=True):
             leaf = self._leaf(point)
             with torch.enable_grad():
-                output = self._aside(leaf)
+                output = self.aside(leaf)
             found += torch.autograd.grad(output, leaf, slope.to(output))
         return found
 
@@ -52,7 +52,7 @@ class Probe:
         for point in points:
             leaf = self._leaf(point)
             with torch.enable_grad():
-                output = self._aside(leaf)
+                output = self.aside(leaf)
                 mean, count = loss(output, labels[: len(leaf)].to(output.device))
                 found += torch.autograd.grad(mean * count, leaf)
         return found
@@ -60,7 +60,8 @@ class Probe:
     def _leaf(self, point: Tensor) -> Tensor:
         return point.to(self._stage.device).detach().requires_grad_()
 
-    def _aside(self, inputs: Tensor) -> Tensor:
+    def aside(self, inputs: Tensor) -> Tensor:
+        """This block's output at inputs of shape [N, ...], with a graph where gradients are enabled; float32 or finer."""
         block = self._stage.block
         copies = {name: buffer.clone() for name, buffer in block.named_buffers()}
         inputs = inputs.to(self._stage.device)

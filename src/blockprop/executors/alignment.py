@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from blockprop.evaluation import autocast
 from blockprop.losses import OutputLoss
+from blockprop.probe import Probe
 from blockprop.stage import Stage
 
 __all__ = ["late_alignment"]
@@ -33,13 +32,10 @@ def late_alignment(
     loss, wstep = stages[-1].above, stages[k - 1].wstep
     assert isinstance(loss, OutputLoss)
     h = inputs
-    devices = list({stage.device for stage in stages if stage.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with torch.enable_grad():
         for stage in stages:
-            copies = {name: buffer.clone() for name, buffer in stage.block.named_buffers()}
-            with autocast(stage.device, stage.precision):
-                h = functional_call(stage.block, copies, (h.to(stage.device),))
-        mean, _ = loss(h.float() if h.dtype == torch.bfloat16 else h, labels.to(h.device))
+            h = Probe(stage).aside(h)
+        mean, _ = loss(h, labels.to(h.device))
     today = torch.autograd.grad(mean * share / wstep.accumulate, wstep.parameters, allow_unused=True)
     ours, theirs = [], []
     for parameter, old, new in zip(wstep.parameters, before, today, strict=True):

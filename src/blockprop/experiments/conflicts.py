@@ -89,6 +89,7 @@ def check(settings: "Settings", optimizer: OptimizerName) -> None:
     """
     _check_training(settings, optimizer)
     _check_blocks(settings)
+    _check_schedule(settings)
     _check_processes(settings)
 
 
@@ -126,7 +127,6 @@ def _check_blocks(settings: "Settings") -> None:
         raise ValueError(
             f"--block-lr lists {len(settings.block_lr)} step sizes for {blocks} blocks; expected one per block"
         )
-    _check_schedule(settings)
 
 
 def _check_form(settings: "Settings") -> None:

@@ -45,16 +45,13 @@ def cut_of(settings: Settings, model: nn.Sequential, sample: Tensor) -> Blocks:
     return split(model, settings.blocks, by=settings.split_by, sample=sample, passes=settings.passes)
 
 
-def _total_steps(settings: Settings, dataset: Dataset) -> int:
-    steps_per_epoch = -(-len(dataset.train) // max(1, settings.batch_size))
-    return (settings.epochs or 0) * steps_per_epoch if settings.steps is None else settings.steps
-
-
 def trainer_of(settings: Settings, blocks: Blocks, dataset: Dataset, **more: Any) -> BlockProp | Backprop:
     """The algorithm; `more` are further arguments of it."""
+    steps_per_epoch = -(-len(dataset.train) // max(1, settings.batch_size))
+    total_steps = (settings.epochs or 0) * steps_per_epoch if settings.steps is None else settings.steps
     loss = OutputLoss(nn.CrossEntropyLoss(), class_dim=-1 if dataset.task == "language" else 1)
     common: dict[str, Any] = {
-        "scheduler": schedulers_of(settings, _total_steps(settings, dataset)),
+        "scheduler": schedulers_of(settings, total_steps),
         "clip": settings.clip,
         "accumulate": settings.accumulate,
         "precision": torch.bfloat16 if settings.precision == "bfloat16" else None,
@@ -97,7 +94,7 @@ def config_of(settings: Settings, training: Training) -> dict[str, Any]:
     """What `config.json` says: the settings, what followed from model and data, and the versions."""
     return {
         **settings.as_dict(),
-        "warmup_steps": warmup_of(settings, _total_steps(settings, training.dataset)),
+        "warmup_steps": warmup_of(settings, training.total_steps),
         "cut": training.algo.blocks.cut.as_dict(),
         "versions": versions(),
     }

@@ -50,7 +50,7 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]
     settings = checked(settings)
     if settings.executor == "processes":
         return launch(settings, out, quiet=quiet)
-    return _train(settings, out, resume=False, quiet=quiet)
+    return _train(settings, out, None, quiet=quiet)
 
 
 def checked(settings: Settings) -> Settings:
@@ -88,7 +88,8 @@ def resume(given: Settings, out: Path, *, quiet: bool = False) -> dict[str, Any]
     settings = resumed(given, out)
     if settings.executor == "processes":
         return launch(settings, out, resume=True, quiet=quiet)
-    return _train(settings, out, resume=True, quiet=quiet)
+    with claimed(out):
+        return _train(settings, out, Checkpoints(out / "checkpoints").newest(), quiet=quiet)
 
 
 def resumed(given: Settings, out: Path) -> Settings:
@@ -116,9 +117,7 @@ def resumed(given: Settings, out: Path) -> Settings:
     return replace(recorded, **changes).resolved()
 
 
-def _train(settings: Settings, out: Path, *, resume: bool, quiet: bool) -> dict[str, Any]:
-    if resume:
-        Checkpoints(out / "checkpoints").newest()  # what is wrong with it is said first
+def _train(settings: Settings, out: Path, state: dict[str, Any] | None, *, quiet: bool) -> dict[str, Any]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     dataset = dataset_of(settings)
@@ -131,10 +130,11 @@ def _train(settings: Settings, out: Path, *, resume: bool, quiet: bool) -> dict[
     with Progress(settings, quiet=quiet) as progress:
         training = training_of(settings, algo, dataset, progress.update)
         # all that can be wrong with the settings has been said: from here on, files are written
+        if state is not None:  # `resume` has claimed the folder, before it read the checkpoint
+            return _write(settings, training, out, state)
         with claimed(out):
-            if not resume:
-                check_empty(out)
-            return _write(settings, training, out, Checkpoints(out / "checkpoints").newest() if resume else None)
+            check_empty(out)
+            return _write(settings, training, out, None)
 
 
 def _write(settings: Settings, training: Training, out: Path, state: dict[str, Any] | None) -> dict[str, Any]:
