@@ -61,7 +61,7 @@ class Probe:
         return point.to(self._stage.device).detach().requires_grad_()
 
     def aside(self, inputs: Tensor) -> Tensor:
-        """This block's output at inputs of shape [N, ...], with a graph where gradients are enabled; float32 or finer."""
+        """This block's output at inputs of shape [N, ...], in float32 or finer; with a graph where they are enabled."""
         block = self._stage.block
         copies = {name: buffer.clone() for name, buffer in block.named_buffers()}
         inputs = inputs.to(self._stage.device)
