@@ -476,6 +476,50 @@ def test_a_constant_per_example_makes_targets_equally_far():
         assert torch.allclose(root.slope, torch.zeros(5, 4).double(), atol=1e-12)
 
 
+@pytest.mark.parametrize("along", [False, True])
+@pytest.mark.parametrize("trust", [0.0, 0.3, math.inf])
+def test_a_target_s_slope_is_the_gradient_of_its_mean(along, trust):
+    """Of some examples the way is so long that the correction is cut, of one there is none."""
+    torch.manual_seed(0)
+    old, slope = torch.randn(2, 6, 3, 2, dtype=torch.float64)
+    output = (old + slope.new_tensor([0, 0.01, 0.1, 1, 10, 100]).view(6, 1, 1) * torch.randn_like(old)).requires_grad_()
+    term = TargetTerm(old, slope / 6, 6, 2.0, along, 0.5 if along else 0.0, trust)
+    root = term.root(output)
+    mean, _ = term.mean(output)
+    (gradient,) = torch.autograd.grad(mean, output)
+    assert torch.equal(root.mean, mean)
+    torch.testing.assert_close(root.slope, gradient)
+
+
+def test_a_correction_is_no_longer_than_trusted():
+    """κ d itself up to a share of ‖g‖, then of that length; every example for itself, however large the batch."""
+    torch.manual_seed(0)
+    old, slope, way = torch.randn(3, 5, 4, dtype=torch.float64)
+    way = way / way.norm(dim=1, keepdim=True) * slope.norm(dim=1, keepdim=True) * way.new_tensor([[0], [1], [2], [4], [8]])
+    root = TargetTerm(old, slope / 5, 5, 0.1, trust=0.3).root(old + way)
+    assert root.slope is not None
+    correction = 5 * root.slope - slope
+    torch.testing.assert_close(correction[:3], 0.1 * way[:3])
+    torch.testing.assert_close(correction[3:].norm(dim=1), 0.3 * slope[3:].norm(dim=1))
+    torch.testing.assert_close(correction[3:] / way[3:], 0.1 * (way.new_tensor([[0.75], [0.375]])).expand(2, 4))
+    alone = TargetTerm(old[3:4], slope[3:4], 1, 0.1, trust=0.3).root(old[3:4] + way[3:4])
+    torch.testing.assert_close(alone.slope, 5 * root.slope[3:4])
+
+
+def test_what_is_not_trusted_is_the_delayed_gradient():
+    """Not at all, and the pipeline trains as with κ = 0; without a limit, otherwise than with one."""
+    by_trust = [trained(PipelinedExecutor(curvature=Constant(2.0), trust=trust))[2] for trust in (0.0, 0.01, math.inf)]
+    assert torch.equal(by_trust[0], trained(PipelinedExecutor(curvature=Constant(0.0)))[2])
+    assert not torch.equal(by_trust[1], by_trust[0])
+    assert not torch.equal(by_trust[1], by_trust[2])
+
+
+@pytest.mark.parametrize("trust", [-0.1, math.nan])
+def test_a_trust_that_is_none_is_refused(trust):
+    with pytest.raises(ValueError, match="trust is"):
+        PipelinedExecutor(trust=trust)
+
+
 def test_curvatures_per_example_are_measured_and_used():
     """Another κ per example gives other weights than one per link."""
     ratio = Secant(every=2)

@@ -154,6 +154,7 @@ def methods(task: Task) -> dict[str, dict[str, Any]]:
         "targets along and across, per example, warm-up": each | warm,
         "delayed gradient, microbatches, warm-up": gradient | warm | {"microbatches": None},
         DEFAULT: pipelined | warm | {"microbatches": None},
+        "targets without a limit, microbatches, warm-up": pipelined | warm | {"microbatches": None, "trust": "none"},
         "targets along and across, microbatches, warm-up": apart | warm | {"microbatches": None},
         "targets along and across, per example, microbatches, warm-up": each | warm | {"microbatches": None},
         "PipeMare: annealing and prediction": gradient | {"delay_annealing": quarter, "prediction": 1.0},

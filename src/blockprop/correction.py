@@ -24,6 +24,9 @@ class Correction:
         curvature: κ of the targets; default [`Secant`][blockprop.curvature.Secant], measured while training.
         along: let κ act along each example's own slope alone (`TargetTerm`); default False.
         across: the curvature across the slopes, if `along`; default none, 0.
+        trust: how long the correction κ d of an example may be, as a multiple of its feedback's norm; default 0.3, at
+            least 0. A κ that lags behind a curvature that falls is too large, and the correction then drives the block
+            further than it corrects.
         reuse: take the gradient on the graph of the forward pass and at the weights that it had (weight stashing), for
             three passes instead of four. Nothing has moved there, so that the feedback is the delayed gradient.
         prediction: at which weights a block forwards: its present ones moved on by so many of the updates that it will
@@ -42,6 +45,7 @@ class Correction:
         curvature: Curvature | None = None,
         along: bool = False,
         across: Curvature | None = None,
+        trust: float = 0.3,
         reuse: bool = False,
         prediction: float = 0.0,
         compensation: float = 0.0,
@@ -50,6 +54,8 @@ class Correction:
             raise ValueError(f"prediction is {prediction}; expected a finite number of at least 0")
         if not 0 <= compensation < math.inf:
             raise ValueError(f"compensation is {compensation}; expected a finite number of at least 0")
+        if not trust >= 0:
+            raise ValueError(f"trust is {trust}; expected a number of at least 0, or infinity for no limit")
         if compensation and not reuse:
             raise ValueError("compensation corrects gradients at stashed weights; expected reuse=True with it")
         if across is not None and not along:
@@ -57,6 +63,7 @@ class Correction:
         self.curvature: Curvature = curvature or Secant()
         self.along = along
         self.across: Curvature = across or Constant(0.0)
+        self.trust = trust
         self.reuse, self.prediction, self.compensation = reuse, prediction, compensation
 
     def points(self, old: Tensor, new: Tensor, slope: Tensor) -> Points:

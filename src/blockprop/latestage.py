@@ -194,7 +194,7 @@ class LateStage:
             self._count = gluing.count * share / len(old)
             self._store(ids, old, whole, tick)
         kappa, across = (one.at(self.link, whole) for one in (correction.curvature, correction.across))
-        target = TargetTerm(old, gluing.direction, gluing.count, kappa, correction.along, across)
+        target = TargetTerm(old, gluing.direction, gluing.count, kappa, correction.along, across, correction.trust)
         before = self.stage.wstep.hold() if correction.compensation else []
         self._latest = None if correction.reuse else (evaluation, target)
         _, feedback = self.stage.train(evaluation, target)

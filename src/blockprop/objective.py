@@ -4,6 +4,7 @@ Both are made of the same *upper term*: the penalty of the link above the block,
 block is the last. L_k adds the penalty that holds h_k to its anchor. Indices: n example, N batch size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -94,15 +95,21 @@ class TargetTerm:
     what is left is the delayed gradient. If κ is the curvature of what lies above along d, its slope
     g + κ d is the gradient that a new evaluation of what lies above would give at b(h), to first order.
 
+    To first order is near b_old(h) only. So an example's κ d is trusted up to a share of its g: where ‖κ d‖ would be
+    longer, it is that long, and the squared penalty becomes Huber's. The target is then never nearer than the
+    block has already gone, divided by that share.
+
     Attributes:
         old: b_old(h), the block's output when it was sent up, shape [N, ...].
         slope: g, the gradient in it of the mean loss, shape [N, ...].
         count: the number of predictions.
-        curvature: κ ≥ 0, of the sum over predictions, as λ is: one, or a tensor that broadcasts to [N, ...].
-        along: let κ act on the part of d along each example's g alone, default False. The loss above is curved along
+        curvature: κ ≥ 0, of the sum over predictions, as λ is: one, or one per example, shape [N, 1, ...].
+        along: let κ act on the part of d along each example's own g alone, default False. The loss above is curved along
             its own slope far more than in other directions, and the target is then a plane: reached ‖g‖/κ down
             the slope, wherever else the output has gone.
         across: the curvature in all directions across the slope, if `along`; default 0. One or several, as κ.
+        trust: how long the κ d of an example may be, as a multiple of its ‖g‖, along and across each for
+            itself; default infinity.
     """
 
     old: Tensor
@@ -111,28 +118,44 @@ class TargetTerm:
     curvature: float | Tensor
     along: bool = False
     across: float | Tensor = 0.0
+    trust: float = math.inf
 
-    def _slope(self, moved: Tensor) -> Tensor:
-        if not self.along:
-            return self._corrected(self.slope, moved, self.curvature)
-        part = projected(moved, self.slope)
-        return self._corrected(self._corrected(self.slope, moved - part, self.across), part, self.curvature)
+    def _pulls(self, moved: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Every part of the way d, its κ d, and what is left of an example's, as a factor of shape [N, 1, ...]."""
+        ways = [(moved, self.curvature)]
+        if self.along:
+            part = projected(moved, self.slope)
+            ways = [(part, self.curvature), (moved - part, self.across)]
+        ways = [(way, kappa) for way, kappa in ways if isinstance(kappa, Tensor) or kappa]
+        pulls = [(way, way * (kappa / self.count)) for way, kappa in ways]
+        return [(way, pull, self._trusted(pull)) for way, pull in pulls]
 
-    def _corrected(self, slope: Tensor, moved: Tensor, curvature: float | Tensor) -> Tensor:
-        if isinstance(curvature, Tensor):
-            return torch.addcmul(slope, moved, curvature.to(moved.dtype), value=1 / self.count)
-        return torch.add(slope, moved, alpha=curvature / self.count) if curvature else slope
+    def _trusted(self, pull: Tensor) -> Tensor:
+        most, length = self.trust * _lengths(self.slope), _lengths(pull)
+        most = most.to(length)
+        return torch.where(length > most, most / length.where(length > most, 1), 1)
+
+    def _corrected(self, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """g + κ d, and the term."""
+        slope, mean = self.slope, torch.sum(self.slope * moved)
+        for way, pull, trusted in self._pulls(moved):
+            slope = slope + pull * trusted
+            mean = mean + torch.sum(pull * way * (trusted * (1 - trusted / 2)))
+        return slope, mean
 
     def mean(self, output: Tensor) -> tuple[Tensor, float]:
         """The term divided by the number of predictions, and that number."""
-        moved = output - self.old
-        return ((self.slope + self._slope(moved)) / 2 * moved).sum(), self.count
+        return self._corrected(output - self.old)[1], self.count
 
     def root(self, output: Tensor) -> Root:
         """The output itself, with the term's gradient in closed form."""
-        moved = output.detach() - self.old
-        slope = self._slope(moved)
-        return Root(output, slope.to(output.dtype), torch.sum((self.slope + slope) / 2 * moved), self.count)
+        slope, mean = self._corrected(output.detach() - self.old)
+        return Root(output, slope.to(output.dtype), mean, self.count)
+
+
+def _lengths(values: Tensor) -> Tensor:
+    """Every example's norm, shape [N, 1, ...]."""
+    return torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim)), keepdim=True)
 
 
 def projected(moved: Tensor, slope: Tensor) -> Tensor:

@@ -66,6 +66,16 @@ def test_what_has_no_effect_is_named_and_goes_back_to_its_default(given, unused)
     assert not settings.resolved().unused()
 
 
+def test_older_pipelines_had_no_limit_on_the_correction():
+    recorded = Settings(schedule="pipelined").resolved().as_dict()
+    del recorded["trust"]
+    assert Settings.of_dict(recorded).trust == "none"
+    for other in (Settings(), Settings(schedule="pipelined", feedback="gradient")):
+        recorded = other.resolved().as_dict()
+        del recorded["trust"]
+        assert Settings.of_dict(recorded) == other.resolved()
+
+
 def test_older_runs_did_not_record_the_first_beta():
     recorded = Settings(optimizer="adamw").resolved().as_dict()
     assert recorded["momentum"] == 0.9

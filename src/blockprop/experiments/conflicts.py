@@ -27,6 +27,7 @@ _CACHE_ONLY = ("cache", "cache_dtype", "cache_limit", "refresh", "residual", "re
 _PIPELINE_ONLY = (
     "feedback",
     "directions",
+    "trust",
     "microbatches",
     "latency",
     "lost",
@@ -52,7 +53,7 @@ def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a
     if schedule == "sync":
         found |= dict.fromkeys(("curvature", "per_example"), "is of --schedule cached or pipelined")
     elif settings.feedback != "target":
-        found |= dict.fromkeys(("curvature", "per_example", "directions"), "is of --feedback target")
+        found |= dict.fromkeys(("curvature", "per_example", "directions", "trust"), "is of --feedback target")
     elif settings.replay:
         reason = "has no place in the published form: leave out --replay, or this"
         found |= dict.fromkeys(("curvature", "per_example", "residual"), reason)

@@ -1,5 +1,6 @@
 """Who carries out a run's schedule: its executor, with cache, late feedback and messages as the settings have them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def _correction(settings: Settings) -> Correction:
         curvature=_curvature(settings),
         along=apart or directions == "along",
         across=_curvature(settings) if apart else None,
+        trust=math.inf if settings.trust == "none" else settings.trust,
         # with a cache a visit has three passes, those with feedback too
         reuse=settings.feedback == "stashed" or settings.who_does_what == "cached",
         prediction=settings.prediction,

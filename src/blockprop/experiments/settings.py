@@ -162,6 +162,14 @@ class Settings:
             "A κ for every example, in proportion to its slope's norm; --curvature is then the ratio of the two.",
         ),
     ] = False
+    trust: Annotated[
+        float | Literal["none"],
+        _option(
+            _SCHEDULE,
+            "How far late feedback is corrected for what has moved: by so much of an example's feedback, or none: without "
+            "a limit.",
+        ),
+    ] = 0.3
     cache: Annotated[
         str,
         _option(
