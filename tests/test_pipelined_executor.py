@@ -495,7 +495,8 @@ def test_a_correction_is_no_longer_than_trusted():
     """κ d itself up to a share of ‖g‖, then of that length; every example for itself, however large the batch."""
     torch.manual_seed(0)
     old, slope, way = torch.randn(3, 5, 4, dtype=torch.float64)
-    way = way / way.norm(dim=1, keepdim=True) * slope.norm(dim=1, keepdim=True) * way.new_tensor([[0], [1], [2], [4], [8]])
+    lengths = slope.norm(dim=1, keepdim=True) * way.new_tensor([[0], [1], [2], [4], [8]])
+    way = lengths * torch.nn.functional.normalize(way)
     root = TargetTerm(old, slope / 5, 5, 0.1, trust=0.3).root(old + way)
     assert root.slope is not None
     correction = 5 * root.slope - slope

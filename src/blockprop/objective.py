@@ -104,8 +104,8 @@ class TargetTerm:
         slope: g, the gradient in it of the mean loss, shape [N, ...].
         count: the number of predictions.
         curvature: κ ≥ 0, of the sum over predictions, as λ is: one, or one per example, shape [N, 1, ...].
-        along: let κ act on the part of d along each example's own g alone, default False. The loss above is curved along
-            its own slope far more than in other directions, and the target is then a plane: reached ‖g‖/κ down
+        along: let κ act on the part of d along each example's own g alone, default False. The loss above is curved
+            along its own slope far more than in other directions, and the target is then a plane: reached ‖g‖/κ down
             the slope, wherever else the output has gone.
         across: the curvature in all directions across the slope, if `along`; default 0. One or several, as κ.
         trust: how long the κ d of an example may be, as a multiple of its ‖g‖, along and across each for
@@ -136,7 +136,7 @@ class TargetTerm:
         return torch.where(length > most, most / length.where(length > most, 1), 1)
 
     def _corrected(self, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """g + κ d, and the term."""
+        """The slope, g + κ d, and the term."""
         slope, mean = self.slope, torch.sum(self.slope * moved)
         for way, pull, trusted in self._pulls(moved):
             slope = slope + pull * trusted
