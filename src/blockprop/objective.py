@@ -155,7 +155,8 @@ class TargetTerm:
 
 def _lengths(values: Tensor) -> Tensor:
     """Every example's norm, shape [N, 1, ...]."""
-    return torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim)), keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim)), keepdim=True)
+    return lengths
 
 
 def projected(moved: Tensor, slope: Tensor) -> Tensor:
