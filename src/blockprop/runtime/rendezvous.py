@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -72,6 +73,25 @@ def parse_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def _await(address: tuple[str, int], timeout: float) -> None:
+    """Return when something listens there; torch's client, as long as nothing does, prints the stack of each failure.
+
+    Raises:
+        TimeoutError: nothing does in time.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection(address, max(left, 0.1)).close()
+        except OSError as error:
+            if left <= 0:
+                raise TimeoutError(error.strerror or str(error)) from error
+            time.sleep(0.1)
+        else:
+            return
+
+
 def free_port(listen: str = LOOPBACK) -> int:
     """A port that nothing listens on now."""
     with socket.socket() as probe:
@@ -102,7 +122,6 @@ class Rendezvous:
         prefix: str = "blockprop",
         timeout: float = 60.0,
     ) -> None:
-        name = f"{address[0]}:{address[1]}"
         try:
             if host:
                 server = socket.socket(socket.AF_INET6 if ":" in listen else socket.AF_INET)
@@ -125,11 +144,12 @@ class Rendezvous:
                     timeout=timedelta(seconds=timeout),
                 )
             else:
+                _await(address, timeout)
                 self._tcp = TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout))
-        except (DistError, RuntimeError) as error:
+        except (DistError, RuntimeError, TimeoutError) as error:
             raise ValueError(
-                f"no store answers at {name} within {timeout:g} seconds ({first_line(error)}); expected the process "
-                "that serves it to be up, and its port to be reachable"
+                f"no store answers at {address[0]}:{address[1]} within {timeout:g} seconds ({first_line(error)}); "
+                "expected the process that serves it to be up, and its port to be reachable"
             ) from error
         self._prefix = prefix
         self.store: Store = PrefixStore(prefix, self._tcp)
