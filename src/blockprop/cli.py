@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token, convert
 from rich.console import Console
 
 from blockprop import __version__, schedules
@@ -46,10 +46,23 @@ from blockprop.studies.winners import draw, winners
 
 __all__ = ["app", "main"]
 
+_NUMBER = re.compile(r"[+-]?\d*\.?\d+")
+
+
+def _converted(hint: Any, tokens: Sequence[Token]) -> Any:
+    """What was typed, as the type asked for; a whole number only if it is one, where the parser itself would round."""
+    if int in (hint, *get_args(hint)) and float not in get_args(hint):
+        for value in (token.value for token in tokens):
+            if _NUMBER.fullmatch(value) and not float(value).is_integer():
+                raise ValueError(f"{value} is not a whole number")
+    return convert(hint, tokens)
+
+
 app = App(
     name="blockprop",
     help="Train neural networks as decoupled blocks, glued by a penalty.",
     version=__version__,
+    default_parameter=Parameter(converter=_converted),
     help_on_error=False,
     suppress_keyboard_interrupt=False,  # `main` says that the run can be continued
 )

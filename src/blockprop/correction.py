@@ -55,7 +55,7 @@ class Correction:
         if not 0 <= compensation < math.inf:
             raise ValueError(f"compensation is {compensation}; expected a finite number of at least 0")
         if not trust >= 0:
-            raise ValueError(f"trust is {trust}; expected a number of at least 0, or infinity for no limit")
+            raise ValueError(f"trust is {trust}; expected a number of at least 0")
         if compensation and not reuse:
             raise ValueError("compensation corrects gradients at stashed weights; expected reuse=True with it")
         if across is not None and not along:

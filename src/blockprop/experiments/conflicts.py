@@ -105,6 +105,8 @@ def _check_training(settings: "Settings", optimizer: OptimizerName) -> None:
         raise ValueError("--momentum is 0, and nesterov is a kind of momentum; expected more, or --optimizer sgd")
     if not 0 <= settings.weight_decay < math.inf:
         raise ValueError(f"--weight-decay is {settings.weight_decay}; expected a finite number of at least 0")
+    if settings.trust != "none" and not 0 <= settings.trust < math.inf:
+        raise ValueError(f"--trust is {settings.trust}; expected a finite number of at least 0, or none")
     if not 0 <= settings.seed < 2**32:
         raise ValueError(f"--seed is {settings.seed}; expected a whole number from 0 to 2^32 - 1")
     for flag, steps in (("--warmup", settings.warmup), ("--delay-annealing", settings.delay_annealing)):
