@@ -120,27 +120,24 @@ class TargetTerm:
     across: float | Tensor = 0.0
     trust: float = math.inf
 
-    def _pulls(self, moved: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Every part of the way d, its κ d, and what is left of an example's, as a factor of shape [N, 1, ...]."""
+    def _ways(self, moved: Tensor) -> list[tuple[Tensor, float | Tensor]]:
+        """Every part of the way d, with its κ; those that have one."""
         ways = [(moved, self.curvature)]
         if self.along:
             part = projected(moved, self.slope)
             ways = [(part, self.curvature), (moved - part, self.across)]
-        ways = [(way, kappa) for way, kappa in ways if isinstance(kappa, Tensor) or kappa]
-        pulls = [(way, way * (kappa / self.count)) for way, kappa in ways]
-        return [(way, pull, self._trusted(pull)) for way, pull in pulls]
-
-    def _trusted(self, pull: Tensor) -> Tensor:
-        most, length = self.trust * _lengths(self.slope), _lengths(pull)
-        most = most.to(length)
-        return torch.where(length > most, most / length.where(length > most, 1), 1)
+        return [(way, kappa) for way, kappa in ways if isinstance(kappa, Tensor) or kappa]
 
     def _corrected(self, moved: Tensor) -> tuple[Tensor, Tensor]:
         """The slope, g + κ d, and the term."""
-        slope, mean = self.slope, torch.sum(self.slope * moved)
-        for way, pull, trusted in self._pulls(moved):
-            slope = slope + pull * trusted
-            mean = mean + torch.sum(pull * way * (trusted * (1 - trusted / 2)))
+        slope = self.slope.to(moved.dtype)
+        mean, most = torch.dot(slope.flatten(), moved.flatten()), self.trust * _lengths(slope)
+        for way, kappa in self._ways(moved):
+            length, scale = _lengths(way), kappa / self.count
+            pull = scale * length
+            trusted = torch.where(pull > most, most / pull.where(pull > most, 1), 1)
+            slope = torch.addcmul(slope, way, scale * trusted)
+            mean = mean + torch.sum(scale * trusted * (1 - trusted / 2) * length**2)
         return slope, mean
 
     def mean(self, output: Tensor) -> tuple[Tensor, float]:
