@@ -237,6 +237,7 @@ def test_compensation_adds_the_squared_gradient_times_the_way_of_the_weights():
     assert not torch.allclose(expected, two)
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_step_size_schedule_goes_on_where_feedback_is_lost():
     """A block that lost a whole batch must not be at a larger step size than the others for the rest of the run."""
 

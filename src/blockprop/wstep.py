@@ -1,6 +1,8 @@
 """The W-step of one block: gradients in, one optimizer step out (Algorithm 1, line 8)."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -114,10 +116,12 @@ class WStep:
             self.average(self.parameters)
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        if any(parameter.grad is not None for parameter in self.parameters):  # feedback may all have been lost
+        learnt = any(parameter.grad is not None for parameter in self.parameters)  # feedback may all have been lost
+        if learnt:
             self.optimizer.step()
         if self.scheduler is not None:
-            self.scheduler.step()
+            with nullcontext() if learnt else warnings.catch_warnings(action="ignore"):  # the optimizer has its turn yet
+                self.scheduler.step()
         self.forget()
 
     def forget(self) -> None:
