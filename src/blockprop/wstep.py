@@ -116,11 +116,12 @@ class WStep:
             self.average(self.parameters)
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        learnt = any(parameter.grad is not None for parameter in self.parameters)  # feedback may all have been lost
+        # feedback may all have been lost; torch warns if there was none before the first step of the scheduler
+        learnt = any(parameter.grad is not None for parameter in self.parameters)
         if learnt:
             self.optimizer.step()
         if self.scheduler is not None:
-            with nullcontext() if learnt else warnings.catch_warnings(action="ignore"):  # the optimizer has its turn yet
+            with nullcontext() if learnt else warnings.catch_warnings(action="ignore"):
                 self.scheduler.step()
         self.forget()
 
