@@ -22,6 +22,8 @@ STUDIES = {
     "gap quick": gap(quick=True),
 }
 
+COMMAND = "blockprop.commands.figure"
+
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
 def test_every_row_is_a_run_of_its_own_or_shares_one(study, tmp_path):
@@ -107,7 +109,7 @@ def test_a_figure_from_the_command_line(tmp_path, monkeypatch, capsys):
     wanted += tuple(f"{kind}, as above" for kind in ("backprop", "published", "matched"))
     whole = figure2(quick=True)
     rows = tuple(replace(row, settings=replace(row.settings, **tiny)) for row in whole.rows if row.label in wanted)
-    monkeypatch.setattr("blockprop.cli.figure2", lambda *, seeds, **_: replace(whole, rows=rows, seeds=seeds))
+    monkeypatch.setattr(f"{COMMAND}.figure2", lambda *, seeds, **_: replace(whole, rows=rows, seeds=seeds))
     command = ["figure", "2", "--quick", "--quiet", "--seeds", "3", "--out", str(tmp_path / "f")]
     assert main(command) == 0
     written = sorted(path.name for path in (tmp_path / "f").iterdir())
@@ -118,11 +120,11 @@ def test_a_figure_from_the_command_line(tmp_path, monkeypatch, capsys):
         assert json.loads(path.read_text())["seed"] == 3
     (tmp_path / "f/figure-2.png").unlink()
     assert main([*command, "--redraw"]) == 0
-    monkeypatch.setattr("blockprop.cli.figure3", lambda *, seeds, **_: replace(whole, name="figure-3", seeds=seeds))
+    monkeypatch.setattr(f"{COMMAND}.figure3", lambda *, seeds, **_: replace(whole, name="figure-3", seeds=seeds))
     assert main(["figure", "3", *command[2:]]) == 2
     assert "holds another study" in capsys.readouterr().err
     wider = tuple(replace(row, settings=replace(row.settings, width=9)) for row in rows)
-    monkeypatch.setattr("blockprop.cli.figure2", lambda *, seeds, **_: replace(whole, rows=wider, seeds=seeds))
+    monkeypatch.setattr(f"{COMMAND}.figure2", lambda *, seeds, **_: replace(whole, rows=wider, seeds=seeds))
     assert main([*command, "--redraw"]) == 2
     assert "other settings" in capsys.readouterr().err
     assert (tmp_path / "f/figure-2.png").exists()
