@@ -477,6 +477,24 @@ def test_a_constant_per_example_makes_targets_equally_far():
         assert torch.allclose(root.slope, torch.zeros(5, 4).double(), atol=1e-12)
 
 
+@pytest.mark.parametrize("curvature", [0.0, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("inside", [True, False])
+def test_step_sizes_up_to_which_a_target_converges(curvature, inside):
+    """w₊ = w - γ(a w₋ + κ(w - w₋)), one update late, converges for γκ < 1 + γa/2 and γ(a - κ) < 1; here a = 1."""
+    edges = [1 / (curvature - 0.5) if curvature > 0.5 else math.inf, 1 / (1 - curvature) if curvature < 1 else math.inf]
+    lr = min(min(edges), 4.0) * (0.9 if inside else 1.1)
+    weight = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.ones_(weight.weight)
+    half = nn.Linear(1, 1, bias=False, dtype=torch.float64).requires_grad_(False)
+    nn.init.constant_(half.weight, math.sqrt(0.5))  # of which the squared error has the curvature 1
+    model = nn.Sequential(weight, half)
+    executor = PipelinedExecutor(microbatches=1, curvature=Constant(curvature), trust=math.inf)
+    algo = blockprop.BlockProp(blockprop.split(model, 2, by="layers"), nn.MSELoss(), sgd(lr), executor=executor)
+    for _ in range(150):
+        algo.step(torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64))
+    assert (abs(float(weight.weight.detach())) < 1) == inside
+
+
 @pytest.mark.parametrize("along", [False, True])
 @pytest.mark.parametrize("trust", [0.0, 0.3, math.inf])
 def test_a_target_s_slope_is_the_gradient_of_its_mean(along, trust):
