@@ -482,7 +482,7 @@ def test_a_constant_per_example_makes_targets_equally_far():
 def test_step_sizes_up_to_which_a_target_converges(curvature, inside):
     """w₊ = w - γ(a w₋ + κ(w - w₋)), one update late, converges for γκ < 1 + γa/2 and γ(a - κ) < 1; here a = 1."""
     edges = [1 / (curvature - 0.5) if curvature > 0.5 else math.inf, 1 / (1 - curvature) if curvature < 1 else math.inf]
-    lr = min(min(edges), 4.0) * (0.9 if inside else 1.1)
+    lr = min(*edges, 4.0) * (0.9 if inside else 1.1)
     weight = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.ones_(weight.weight)
     half = nn.Linear(1, 1, bias=False, dtype=torch.float64).requires_grad_(False)
