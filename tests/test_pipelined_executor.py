@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import blockprop
 from blockprop.cache import GluingCache
 from blockprop.checkpoint import load_state, save_state
+from blockprop.correction import Correction
 from blockprop.curvature import Constant, PerExample, Secant
 from blockprop.executors import PipelinedExecutor
 from blockprop.objective import TargetTerm
@@ -251,6 +252,68 @@ def test_the_step_size_schedule_goes_on_where_feedback_is_lost():
         algo.step(x, y)
     algo.finish()
     assert [wstep.lr for wstep in algo.wsteps] == [0.1 / 2**12] * 3
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0], dtype=torch.float64)])
+@pytest.mark.parametrize("K", [1, 2])
+def test_microbatches_weigh_by_their_predictions(K, weight):
+    """Labels that are ignored are spread unevenly, and of one microbatch all are."""
+    x, y = batch(16)
+    y[2:9] = 1
+    loss = nn.CrossEntropyLoss(weight=weight, ignore_index=1)
+    found = []
+    for executor in ("local", PipelinedExecutor(microbatches=4, curvature=Constant(0))):
+        torch.manual_seed(1)
+        model = mlp(depth=3).double()
+        algo = blockprop.BlockProp(blockprop.split(model, K), loss, sgd(0.1), executor=executor)
+        report = algo.step(x, y)
+        found.append((report if K == 1 else None, algo.finish(), flat(model.parameters())))
+    torch.testing.assert_close(found[1][2], found[0][2])
+    if K == 1:
+        assert found[1][0].loss == pytest.approx(found[0][0].loss)
+
+
+def test_labels_that_are_all_ignored_tell_no_curvature():
+    correction = Correction()
+    correction.measured(0, [torch.ones(3, 2), torch.zeros(3, 2)], [torch.zeros(3, 2), torch.zeros(3, 2)])
+    assert correction.curvature.values == {}
+
+
+def test_a_report_is_of_all_microbatches():
+    """The last of them never see their block move, which the first do."""
+    algo = trainer(PipelinedExecutor(microbatches=2, curvature=Constant(0.1)), K=2)
+    reports = [algo.step(x, y) for x, y in data()]
+    assert all(report.links[0].drift > 0 for report in reports[3:])
+
+
+@pytest.mark.parametrize("name", ["proximal", "published"])
+def test_only_of_the_exact_form_the_displacement_is_the_feedback(name):
+    blocks = blockprop.split(network(), 2)
+    algo = blockprop.BlockProp(blocks, CE, sgd(0.1), form=name, executor=PipelinedExecutor())
+    with pytest.raises(ValueError, match="expected that"):
+        algo.step(*batch(8))
+
+
+def test_where_feedback_is_lost_a_cache_learns_at_the_weights_of_now():
+    """A loss completes an update after the forward pass of a batch that learns from the cache in the same tick."""
+    settings = {"reuse": True, "along": True, "refresh": 2, "cache": lambda: GluingCache(48, dtype=torch.float64)}
+    algo = trainer(PipelinedExecutor(microbatches=2, latency=Latency(0, 0.3, 0), **settings), K=4)
+    for _ in range(4):
+        for index, (x, y) in enumerate(data()[:6]):
+            algo.step(x, y, torch.arange(8 * index, 8 * index + 8))
+    algo.finish()
+    assert flat(algo.blocks.model.parameters()).isfinite().all()
+
+
+class Elsewhere:
+    """A process with the first of two blocks, as far as an executor is made with it."""
+
+    block, blocks, replicas, average, waited = 1, 2, 1, None, 0.0
+
+
+def test_no_optimizer_keeps_a_block_that_lives_elsewhere():
+    algo = trainer(PipelinedExecutor(remote=Elsewhere()), K=2)
+    assert [all(p.is_meta for p in wstep.parameters) for wstep in algo.wsteps] == [False, True]
 
 
 def test_a_short_last_batch_is_cut_into_parts_of_the_same_size():

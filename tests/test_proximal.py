@@ -82,3 +82,22 @@ def test_settings_out_of_range(setting, value):
     layer = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=f"{setting} is"):
         ProximalSGD(layer.parameters(), [layer], 0.1, **{setting: value})
+
+
+def test_a_checkpoint_between_a_forward_pass_and_its_update_keeps_what_was_seen():
+    """Of the first of two accumulated batches; the run that goes on from there would see the second."""
+    torch.manual_seed(0)
+    layer, copied = nn.Linear(4, 3), nn.Linear(4, 3)
+    copied.load_state_dict(layer.state_dict())
+    first, second = torch.randn(2, 8, 4)
+    one = ProximalSGD(layer.parameters(), [layer], lr=0.1)
+    layer(first).square().mean().backward()
+    other = ProximalSGD(copied.parameters(), [copied], lr=0.1)
+    other.load_state_dict(one.state_dict())
+    for parameter, same in zip(layer.parameters(), copied.parameters(), strict=True):
+        same.grad = parameter.grad.clone()
+    for network, optimizer in ((layer, one), (copied, other)):
+        network(second).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(layer.weight, copied.weight)
+    assert torch.equal(layer.bias, copied.bias)

@@ -38,6 +38,12 @@ def _per_block(name: str, given: T | Sequence[T] | None, blocks: int) -> list[An
     return [given] * blocks
 
 
+def _checked(blocks: Blocks) -> Blocks:
+    if not isinstance(blocks, Blocks):
+        raise ValueError(f"blocks is a {type(blocks).__name__}; expected Blocks: blocks = blockprop.split(model, 4)")
+    return blocks
+
+
 def _w_steps(
     blocks: Blocks,
     optimizer: OptimizerFactory | Sequence[OptimizerFactory],
@@ -45,8 +51,6 @@ def _w_steps(
     clip: float | None,
     accumulate: int,
 ) -> list[WStep]:
-    if not isinstance(blocks, Blocks):
-        raise ValueError(f"blocks is a {type(blocks).__name__}; expected Blocks: blocks = blockprop.split(model, 4)")
     optimizers = _per_block("optimizer", optimizer, len(blocks))
     if not all(callable(make) for make in optimizers):
         raise ValueError(
@@ -188,12 +192,14 @@ class BlockProp(_Trained):
     ) -> None:
         self.form = form_named(form)
         _place(blocks, devices)
-        self.wsteps = _w_steps(blocks, optimizer, scheduler, clip, accumulate)
-        self.blocks = blocks
+        self.blocks = _checked(blocks)
         self.recompute = recompute
         self.executor = _executor(executor)
         if self.remote is not None:
-            _keep_one(blocks, self.wsteps, self.remote)
+            _keep_one(blocks, self.remote)  # before an optimizer holds the others
+        self.wsteps = _w_steps(blocks, optimizer, scheduler, clip, accumulate)
+        if self.remote is not None:
+            self.wsteps[self.remote.block - 1].average = self.remote.average
         self.loss = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
         self.links = _links(self.form, penalty, h_solver, len(blocks) - 1)
         if precision is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
@@ -365,8 +371,8 @@ class Backprop(_Trained):
         devices: Sequence[str | torch.device] | None = None,
     ) -> None:
         _place(blocks, devices)
+        self.blocks = _checked(blocks)
         self.wsteps = _w_steps(blocks, optimizer, scheduler, clip, accumulate)
-        self.blocks = blocks
         self.loss = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
         self.precision = precision
 
@@ -389,7 +395,7 @@ class Backprop(_Trained):
         """Nothing to give back."""
 
 
-def _keep_one(blocks: Blocks, wsteps: Sequence[WStep], remote: Remote) -> None:
+def _keep_one(blocks: Blocks, remote: Remote) -> None:
     """The other blocks live in other processes: free their memory here."""
     if len(blocks) != remote.blocks:
         raise ValueError(
@@ -398,7 +404,6 @@ def _keep_one(blocks: Blocks, wsteps: Sequence[WStep], remote: Remote) -> None:
             + "; expected as many of both"
         )
     only(blocks, remote.block)
-    wsteps[remote.block - 1].average = remote.average
 
 
 def _executor(given: str | Executor) -> Executor:

@@ -88,6 +88,8 @@ class Correction:
     def measured(self, link: int, points: Points, slopes: Points) -> None:
         """Learn the curvatures above a link, from today's slopes at its `points`."""
         slopes = [slope.to(points[0].device) for slope in slopes]  # from the device of the block above
+        if not slopes[0].any():  # labels that are all ignored tell nothing
+            return
         pairs = zip(points[1:], slopes[1:], strict=True)
         for curvature, (point, slope) in zip((self.curvature, self.across), pairs, strict=False):
             curvature.measure(link, point - points[0], slope - slopes[0], slopes[0])

@@ -130,14 +130,14 @@ class LateStage:
         return evaluation.output.detach()
 
     def learn_top(
-        self, number: int, labels: Tensor, share: float, *, quiet: bool = False
+        self, number: int, labels: Tensor, *, total: float | None = None, quiet: bool = False
     ) -> tuple[Tensor, Feedback | None]:
         """The last block's gradient and h-step: its feedback is never late.
 
         Args:
             number: of a batch that was forwarded.
             labels: N rows.
-            share: the microbatch's share of its batch.
+            total: predictions of the whole batch, where this is a microbatch.
             quiet: whether no feedback is due, and no h-step to be made; default False.
 
         Returns:
@@ -148,7 +148,7 @@ class LateStage:
         del self._sent[number]
         assert isinstance(loss, OutputLoss)
         self._fresh = True
-        target = LossTerm(loss, labels.to(self.stage.device), share)
+        target = LossTerm(loss, labels.to(self.stage.device), total)
         self._latest = evaluation, target
         if quiet:
             return self.stage.add_gradient(evaluation, target), None
@@ -169,7 +169,7 @@ class LateStage:
         Args:
             number: of a batch on its way.
             gluing: the feedback; its anchor is not looked at, since the output that was sent is at hand.
-            share: as in `learn_top`.
+            share: the microbatch's share of its batch.
             tick: now.
             ask: whom to ask for slopes, where the curvature wants to be measured now; None for nobody.
             ids: the examples' numbers; the feedback is then kept in the cache.
@@ -210,11 +210,12 @@ class LateStage:
         Args:
             number: of a batch that was just forwarded.
             ids: the examples' numbers, int64 [N].
-            share: as in `learn_top`.
+            share: the microbatch's share of its batch.
         """
         assert self.cache is not None
         evaluation = self.flights.pop(number)
-        del self._sent[number]
+        if self._sent.pop(number)[1] != self.version:  # feedback that was lost has completed an update since
+            evaluation.at_present_weights()
         output = evaluation.with_graph().output.detach()
         self.cache.fit([output.shape[1:]])
         known = (self.cache.written(ids)[0] >= 0).view(-1, *[1] * (output.ndim - 1))
@@ -243,7 +244,7 @@ class LateStage:
         evaluation.output = evaluation.output.detach()
         self.stage.add_gradient(evaluation, target)
         self._fresh = True
-        self.update()
+        self.update(again=True)
         return True
 
     def drop(self, number: int) -> None:
@@ -256,10 +257,13 @@ class LateStage:
         """Feedback on a microbatch that has no examples here, and has some in another replica of the block."""
         self._fresh = True
 
-    def update(self) -> None:
+    def update(self, *, again: bool = False) -> None:
         """The optimizer's step; none where no feedback was due since the last, as when the pipeline runs empty.
 
         Where all of it was lost the weights stay, but the step-size schedule goes on, as it does in the other blocks.
+
+        Args:
+            again: whether it is one more on the same batch, which the step-size schedule does not count.
         """
         if not self._fresh:
             return
@@ -270,7 +274,7 @@ class LateStage:
             if self._lost and self._share:  # the mean is over what has come
                 wstep.scale(wstep.accumulate / self._share)
             self._share, self._lost = 0.0, False
-        self.stage.update()
+        self.stage.update(again=again)
         if before is None:
             return
         steps = [p.detach() - old for p, old in zip(wstep.parameters, before, strict=True)]

@@ -117,6 +117,17 @@ class OutputLoss:
         outputs = _classes_second(outputs, targets, self.class_dim)
         return int((outputs.argmax(1) == targets).sum())
 
+    def counted(self, targets: Tensor) -> float:
+        """How many predictions targets are for: the count of a call, without the outputs; 0 if all are ignored."""
+        if not self.over_classes or targets.is_floating_point():
+            return float(len(targets))
+        real = targets != self.loss.ignore_index  # type: ignore[attr-defined]
+        weight: Tensor | None = self.loss.weight  # type: ignore[attr-defined]
+        if weight is None:
+            return float(real.sum())
+        # labels out of range are for the call to refuse
+        return float((weight[targets.clamp(0, len(weight) - 1)] * real).sum())
+
     def _count(self, classes: int, targets: Tensor) -> float:
         """The loss's own normaliser: how many labels are not ignored, or their weights' sum."""
         ignored: int = self.loss.ignore_index  # type: ignore[attr-defined]

@@ -171,18 +171,23 @@ class LossTerm:
     Attributes:
         loss: ℓ.
         targets: y, N rows.
-        share: of a microbatch in its batch, default 1: the mean is over the predictions of the whole batch, and so are
-            all slopes and gradients below.
+        total: predictions of the whole batch, where this is a microbatch: the mean is over them, and so are all slopes
+            and gradients below. Default: as many as the targets are for.
     """
 
     loss: OutputLoss
     targets: Tensor
-    share: float = 1.0
+    total: float | None = None
 
     def mean(self, output: Tensor) -> tuple[Tensor, float]:
         """The mean output loss and the number of predictions that it is over."""
-        mean, count = self.loss(output.float() if output.dtype == torch.bfloat16 else output, self.targets)
-        return (mean, count) if self.share == 1 else (mean * self.share, count / self.share)
+        output = output.float() if output.dtype == torch.bfloat16 else output
+        if self.total is None:
+            return self.loss(output, self.targets)
+        if self.loss.counted(self.targets) == 0:  # all of them ignored, in a batch with others
+            return output.sum() * 0, self.total
+        mean, count = self.loss(output, self.targets)
+        return mean * (count / self.total), self.total
 
     def root(self, output: Tensor) -> Root:
         """The mean loss."""

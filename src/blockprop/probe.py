@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from blockprop.evaluation import autocast, kept
 from blockprop.losses import OutputLoss
+from blockprop.objective import LossTerm
 from blockprop.stage import Stage
 
 __all__ = ["Points", "Probe"]
@@ -45,7 +46,10 @@ class Probe:
         return found
 
     def slopes(self, points: Points, labels: Tensor) -> Points:
-        """The last block: slopes of the summed loss in its inputs `points`, at as many of the labels."""
+        """The last block: slopes of the summed loss in its inputs `points`, at as many of the labels.
+
+        Zero where these are all ignored.
+        """
         loss = self._stage.above
         assert isinstance(loss, OutputLoss)
         found: Points = []
@@ -53,8 +57,8 @@ class Probe:
             leaf = self._leaf(point)
             with torch.enable_grad():
                 output = self.aside(leaf)
-                mean, count = loss(output, labels[: len(leaf)].to(output.device))
-                found += torch.autograd.grad(mean * count, leaf)
+                summed, _ = LossTerm(loss, labels[: len(leaf)].to(output.device), total=1).mean(output)
+                found += torch.autograd.grad(summed, leaf)
         return found
 
     def _leaf(self, point: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from blockprop.wstep import OptimizerFactory
 
@@ -64,16 +64,16 @@ class ProximalSGD(torch.optim.SGD):
         self.param_groups[0]["updates"] = 0
         self.layers = list(layers)
         self.damping, self.every, self.decay = damping, every, decay
-        self._seen: dict[nn.Module, Tensor] = {}
         for layer in self.layers:
             layer.register_forward_pre_hook(self._see)
 
     def _see(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Note the inputs of the first forward pass before an update that inverts."""
-        if layer.training and layer not in self._seen and self.param_groups[0]["updates"] % self.every == 0:
+        """Note the inputs of the first forward pass before an update that inverts; checkpoints keep the note."""
+        state = self.state[layer.weight]  # type: ignore[index]
+        if layer.training and "seen" not in state and self.param_groups[0]["updates"] % self.every == 0:
             inputs = arguments[0].detach().flatten(0, -2).float()
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-            self._seen[layer] = inputs.T @ inputs / len(inputs)
+            state["seen"] = inputs.T @ inputs / len(inputs)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -83,13 +83,14 @@ class ProximalSGD(torch.optim.SGD):
             if layer.weight.grad is not None:
                 self._precondition(layer)
         super().step()
-        self._seen.clear()
+        for layer in self.layers:
+            self.state[layer.weight].pop("seen", None)
         self.param_groups[0]["updates"] += 1
 
     def _precondition(self, layer: nn.Linear) -> None:
         state = self.state[layer.weight]
-        if layer in self._seen:
-            new = self._seen[layer]
+        if "seen" in state:
+            new = state["seen"]
             moment = state.get("moment")
             state["moment"] = new if moment is None else moment.mul_(self.decay).add_(new, alpha=1 - self.decay)
             diagonal = state["moment"].diagonal()

@@ -233,6 +233,6 @@ class Stage:
             self.add_gradient(evaluation, target, feedback)
         return feedback.term, feedback
 
-    def update(self) -> None:
-        """The optimizer's step on the gradient taken before."""
-        self.wstep.update()
+    def update(self, *, again: bool = False) -> None:
+        """The optimizer's step on the gradient taken before; `again` as in `WStep.update`."""
+        self.wstep.update(again=again)

@@ -210,6 +210,7 @@ class Training:
         self.samples = 0
         self.seconds = 0.0
         self.waited = 0.0  # of these, for other processes
+        self.begun = (0, 0.0, 0.0)  # step, seconds and waited where this process took over
         self.window = Means()  # since the last row of metrics
         self._logged = 0.0  # seconds at that row
         self.epoch_means = Means()  # since the epoch began
@@ -326,7 +327,7 @@ class Training:
             "algorithm": self.algo.state_dict(),
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "position": {"step": self.step, "samples": self.samples, "seconds": self.seconds},
+            "position": {"step": self.step, "samples": self.samples, "seconds": self.seconds, "waited": self.waited},
             "window": vars(self.window),
             "epoch_means": vars(self.epoch_means),
             "last_epoch": self.last_epoch,
@@ -367,6 +368,8 @@ class Training:
         if state["cuda_random"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_random"])
         self.step, self.samples, self.seconds = (state["position"][key] for key in ("step", "samples", "seconds"))
+        self.waited = state["position"].get("waited", 0.0)  # not there in older checkpoints
+        self.begun = self.step, self.seconds, self.waited
         self.window, self.epoch_means = Means(**state["window"]), Means(**state["epoch_means"])
         self.last_epoch = state["last_epoch"]
         self._logged = self.seconds

@@ -107,8 +107,12 @@ class WStep:
             if parameter.grad is not None:
                 parameter.grad = self._sums[index] = parameter.grad * factor
 
-    def update(self) -> None:
-        """Clip, step the optimizer and the scheduler, forget the gradients; on every `accumulate`-th call."""
+    def update(self, *, again: bool = False) -> None:
+        """Clip, step the optimizer and the scheduler, forget the gradients; on every `accumulate`-th call.
+
+        Args:
+            again: whether it is on a batch that an update was made on before, which counts for no schedule.
+        """
         self.calls += 1
         if self.optimizer is None or self.calls % self.accumulate:
             return
@@ -120,7 +124,7 @@ class WStep:
         learnt = any(parameter.grad is not None for parameter in self.parameters)
         if learnt:
             self.optimizer.step()
-        if self.scheduler is not None:
+        if self.scheduler is not None and not again:
             with nullcontext() if learnt else warnings.catch_warnings(action="ignore"):
                 self.scheduler.step()
         self.forget()

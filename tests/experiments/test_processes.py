@@ -313,6 +313,7 @@ def test_the_one_error_is_said_once(tmp_path):
         (["train", *SMALL, *PROCESSES, "--policy", "free-running", "--schedule", "sync"], "has no use for"),
         (["train", *SMALL, *PROCESSES, "--split-by", "time"], "--split-by time is measured anew"),
         (["train", *SMALL, *PROCESSES, "--replicas", "0"], "--replicas is 0"),
+        (["train", *SMALL, *PROCESSES, "--replicas", "2", "--schedule", "cached"], "--replicas share a batch anew"),
         (["worker", *SMALL, "--block", "1", "--store", "nowhere"], "expected HOST:PORT"),
         (
             ["worker", *SMALL, "--block", "3", "--store", "127.0.0.1:29500"],
@@ -340,3 +341,18 @@ def test_a_world_of_another_size(tmp_path, capsys, monkeypatch):
         monkeypatch.setenv(key, value)
     assert main(["train", *TWO, *PROCESSES, "--out", str(tmp_path / "run")]) == 2
     assert "torchrun started 3 processes for 2 blocks" in capsys.readouterr().err
+
+
+def test_under_torchrun_a_run_resumes_as_what_it_is(tmp_path, monkeypatch):
+    """Without --executor, which is left at its default."""
+    assert main(["train", *TWO, *PROCESSES, "--steps", "4", "--out", str(tmp_path / "run")]) == 0
+    asked = []
+
+    def joins(settings, out, **more):
+        asked.append((settings.executor, settings.steps, more["resume"]))
+        return json.loads((out / "summary.json").read_text())
+
+    monkeypatch.setattr("blockprop.commands.train.of_torchrun", joins)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert main(["train", "--resume", "--steps", "6", "--out", str(tmp_path / "run")]) == 0
+    assert asked == [("processes", 6, True)]

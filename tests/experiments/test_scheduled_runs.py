@@ -150,6 +150,8 @@ def test_a_batch_has_as_many_microbatches_as_there_are_ticks_until_feedback(more
         ([*PIPELINED, "--curvature", "-1"], "curvature is -1"),
         (["--schedule", "pipelined", "--compensation", "1"], "expected --feedback stashed"),
         ([*PIPELINED, "--form", "published"], "expected --form exact"),
+        ([*PIPELINED, "--form", "proximal", "--h-steps", "2"], "expected --form exact"),
+        (["--executor", "processes", "--form", "proximal", "--huber", "1"], "expected --form exact"),
         ([*CACHED, "--form", "published"], "expected --form exact"),
         ([*CACHED, "--replay"], "expected --form published"),
         ([*CACHED, "--cache-limit", "inf"], "--cache-limit is inf"),

@@ -76,7 +76,14 @@ def test_older_pipelines_had_no_limit_on_the_correction():
         assert Settings.of_dict(recorded) == other.resolved()
 
 
+def test_a_first_beta_of_none_stays_one():
+    """Processes are given the settings as they are recorded."""
+    settings = Settings(optimizer="adamw", momentum=0.0, executor="processes").resolved()
+    assert Settings.of_dict(settings.as_dict()) == settings
+
+
 def test_older_runs_did_not_record_the_first_beta():
     recorded = Settings(optimizer="adamw").resolved().as_dict()
     assert recorded["momentum"] == 0.9
+    del recorded["copies"]
     assert Settings.of_dict({**recorded, "momentum": 0.0}) == Settings.of_dict(recorded)

@@ -170,10 +170,27 @@ def test_a_repeated_w_step_is_a_gradient_step_on_the_same_target():
     h = blocks[0](x).detach()
     assert not late.again()
     late.forward(0, h, 0)
-    late.learn_top(0, y, 1.0)
+    late.learn_top(0, y)
     late.update()
     once = copy.deepcopy(blocks[1])
     assert late.again()
     nn.functional.cross_entropy(once(h), y).backward()
     for ours, theirs in zip(blocks[1].parameters(), once.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad)
+
+
+def test_repeated_w_steps_do_not_use_up_the_step_size_schedule():
+    x, y, _ = data()[0]
+
+    def falling(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda updates: 1 - updates / 10)
+
+    blocks = blockprop.split(model(), 2)
+    algo = blockprop.BlockProp(blocks, nn.CrossEntropyLoss(), sgd(0.1), scheduler=falling)
+    late = LateStage(algo.stages[1], 2, Correction())
+    for number in range(3):
+        late.forward(number, blocks[0](x).detach(), number)
+        late.learn_top(number, y)
+        late.update()
+        assert late.again() and late.again()
+    assert algo.wsteps[1].lr == pytest.approx(0.07)

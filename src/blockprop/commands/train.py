@@ -43,8 +43,10 @@ def train(
         raise ValueError("--resume needs --out, the folder of the run to continue")
     if out is None:
         out = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(settings.data).stem}-{settings.algorithm}"
-    if settings.executor == "processes" and "TORCHELASTIC_RUN_ID" in os.environ:
-        joined = _joined(settings, out, resume=resume)
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+        and (joined := _joined(settings, out, resume=resume)).executor == "processes"
+    ):
         _report(of_torchrun(joined, out, resume=resume, quiet=quiet, listen=listen or LOOPBACK), out)
         return
     if listen is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blockprop.losses import OutputLoss
+from blockprop.objective import LossTerm
 from blockprop.probe import Probe
 from blockprop.stage import Stage
 
@@ -14,7 +15,12 @@ __all__ = ["late_alignment"]
 
 
 def late_alignment(
-    stages: Sequence[Stage], k: int, inputs: Tensor, labels: Tensor, share: float, before: Sequence[Tensor | None]
+    stages: Sequence[Stage],
+    k: int,
+    inputs: Tensor,
+    labels: Tensor,
+    total: float | None,
+    before: Sequence[Tensor | None],
 ) -> tuple[float, float]:
     """Cosine and norm ratio of what was added to block k's gradient, to backprop's at the weights of today.
 
@@ -23,7 +29,7 @@ def late_alignment(
         k: the block, from 1.
         inputs: of the microbatch, shape [N, ...].
         labels: N rows.
-        share: the microbatch's share of its batch.
+        total: predictions of the whole batch, where this is a microbatch.
         before: the block's gradients, one per parameter, before the microbatch's was added (`WStep.hold`).
 
     Returns:
@@ -35,8 +41,8 @@ def late_alignment(
     with torch.enable_grad():
         for stage in stages:
             h = Probe(stage).aside(h)
-        mean, _ = loss(h, labels.to(h.device))
-    today = torch.autograd.grad(mean * share / wstep.accumulate, wstep.parameters, allow_unused=True)
+        mean, _ = LossTerm(loss, labels.to(h.device), total).mean(h)
+    today = torch.autograd.grad(mean / wstep.accumulate, wstep.parameters, allow_unused=True)
     ours, theirs = [], []
     for parameter, old, new in zip(wstep.parameters, before, today, strict=True):
         if parameter.grad is None or new is None:

@@ -8,9 +8,10 @@ neighbours (`blockprop.runtime`). The numbers are the same.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blockprop.cache import GluingCache, Visits
@@ -20,6 +21,7 @@ from blockprop.executors.executor import LinkReport, StepReport, check_finite
 from blockprop.executors.mail import LocalMail, Mail, Remote
 from blockprop.executors.turns import Turns
 from blockprop.latestage import LateStage, Learnt
+from blockprop.losses import OutputLoss
 from blockprop.schedules import Action, Latency, Tick, delay, parallel, pipelined, sequential
 from blockprop.stage import Stage
 
@@ -28,12 +30,16 @@ __all__ = ["PipelinedExecutor", "check_form"]
 
 @dataclass
 class _Part:
-    """A microbatch: inputs, labels and ids, each as far as a block that lives here needs it; its share of its batch."""
+    """A microbatch: inputs, labels and ids, each as far as a block that lives here needs it; its share of its batch.
+
+    And the number of predictions of the whole batch, where the last block lives here and the batch is cut.
+    """
 
     inputs: Tensor | None
     labels: Tensor | None
     ids: Tensor | None
     share: float
+    total: float | None = None
 
 
 class PipelinedExecutor:
@@ -153,11 +159,19 @@ class PipelinedExecutor:
         self._largest = max(self._largest, len(known))
         count = max(1, len(known) * self.microbatches // self._largest)
         cut = [self._cut(value, count) for value in (known, inputs, targets, ids)]
+        total = None if targets is None or self.microbatches == 1 else self._loss.counted(targets) or None
         for number, (one, x, y, i) in enumerate(zip(*cut, strict=True), self._fed):
             # an empty one is waited for as well, so that all replicas of a block come to the end together
-            self._parts[number] = _Part(x, y, i, len(one) / len(known)) if one is not None and len(one) else None
+            some = one is not None and len(one)
+            self._parts[number] = _Part(x, y, i, len(one) / len(known), total) if some else None
         self._fed += self.microbatches
         return len(known)
+
+    @property
+    def _loss(self) -> OutputLoss:
+        loss = self._lates[-1].stage.above
+        assert isinstance(loss, OutputLoss)
+        return loss
 
     def _cut(self, value: Tensor | None, count: int) -> list[Tensor | None]:
         parts: list[Tensor | None] = [] if value is None else list(value.tensor_split(count))
@@ -285,12 +299,13 @@ class PipelinedExecutor:
         before = late.stage.wstep.hold() if self._watched else []
         if late.top:
             assert part.labels is not None
-            term, feedback = late.learn_top(number, part.labels, part.share, quiet=self._quiet(number))
-            report.loss(check_finite(term), part.share)
+            term, feedback = late.learn_top(number, part.labels, total=part.total, quiet=self._quiet(number))
+            weight = 1.0 if part.total is None else self._loss.counted(part.labels) / part.total
+            report.loss(check_finite(term), weight)
         elif self._quiet(number):
             assert part.ids is not None
             learnt = late.learn_cached(number, part.ids, part.share)
-            report.link(late.link, learnt)
+            report.link(late.link, learnt, part.share)
             return
         else:
             gluing = mail.take_feedback(k, number)
@@ -301,8 +316,8 @@ class PipelinedExecutor:
             if self._watched.get(k, ()) is None:
                 assert part.inputs is not None and part.labels is not None  # all blocks live here
                 all_stages = [one.stage for one in self._lates]
-                self._watched[k] = late_alignment(all_stages, k, part.inputs, part.labels, part.share, before)
-            report.link(late.link, learnt)
+                self._watched[k] = late_alignment(all_stages, k, part.inputs, part.labels, part.total, before)
+            report.link(late.link, learnt, part.share)
         if feedback is not None and Action(k - 1, "drop", number) not in self._next:
             mail.send_feedback(k - 1, number, feedback.gluing)
 
@@ -330,7 +345,9 @@ class PipelinedExecutor:
             "due": sorted(self._turns.due),
             "without": list(self._without),
             "visits": None if self._visits is None else self._visits.counts,
-            "parts": [[n] if p is None else [n, p.inputs, p.labels, p.ids, p.share] for n, p in self._parts.items()],
+            "parts": [
+                [n] if p is None else [n, p.inputs, p.labels, p.ids, p.share, p.total] for n, p in self._parts.items()
+            ],
             "mail": None if self._mail is None else self._mail.state_dict(),
             "lates": [late.state_dict() if self._here(late) else None for late in self._lates],
             "correction": self.correction.state_dict(),
@@ -338,6 +355,13 @@ class PipelinedExecutor:
 
     def _here(self, late: LateStage) -> bool:
         return self._mail is not None and self._mail.lives_here(late.stage.index)
+
+    def _restored(
+        self, inputs: Tensor | None, labels: Tensor | None, ids: Tensor | None, share: float, *total: float | None
+    ) -> _Part:
+        if not total and labels is not None and share < 1:  # not in older checkpoints
+            total = (self._loss.counted(labels) / share,)
+        return _Part(inputs, labels, ids, share, *total)
 
     def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
         """Continue from what `state_dict` returned, with the same settings."""
@@ -348,7 +372,7 @@ class PipelinedExecutor:
         self.tick, self._fed, self._without = state["tick"], state["fed"], list(state["without"])
         if self._visits is not None:
             self._visits.counts = state["visits"].clone()
-        self._parts = {number: _Part(*part) if part else None for number, *part in state["parts"]}
+        self._parts = {number: self._restored(*part) if part else None for number, *part in state["parts"]}
         self.correction.load_state_dict(state["correction"])
         for late, saved in zip(self._lates, state["lates"], strict=False):
             if saved is not None:
@@ -362,30 +386,38 @@ def check_form(stages: Sequence[Stage]) -> None:
     """Refuse a form for which late feedback is not defined.
 
     Raises:
-        ValueError: a form other than the exact one, or one of its like.
+        ValueError: a form other than the exact one: of others the displacement is not the feedback.
     """
-    if any(not stage.form.at_forward or stage.scale != 1 for stage in stages):
+    if any(stage.form.name != "exact" for stage in stages):
         raise ValueError("a pipelined schedule is defined for the form 'exact'; expected that, or the schedule 'sync'")
 
 
 class _Report:
-    """Of a step: sums over its microbatches, and the latest of every link."""
+    """Of a step: means over its microbatches."""
 
     def __init__(self, links: int) -> None:
         self._loss = [0.0, 0.0]
-        self._links: list[LinkReport | None] = [None] * links
+        self._links: list[list[tuple[Learnt, float]]] = [[] for _ in range(links)]
         self.waited = 0.0
 
     def loss(self, value: float, share: float) -> None:
         self._loss[0] += value
         self._loss[1] += share
 
-    def link(self, link: int, learnt: Learnt) -> None:
-        self._links[link] = LinkReport.of_late(learnt)
+    def link(self, link: int, learnt: Learnt, share: float) -> None:
+        self._links[link].append((learnt, share))
 
     def made(self, examples: int, expected: int) -> StepReport:
         total, share = self._loss
-        links = [link for link in self._links if link is not None]
+        links = [LinkReport.of_late(_mean(parts)) for parts in self._links if parts]
         # while the pipeline fills, the lower links have nothing to report yet
         complete = links if len(links) == expected else []
         return StepReport(total / share if share else math.nan, examples, complete, self.waited)
+
+
+def _mean(parts: Sequence[tuple[Learnt, float]]) -> Learnt:
+    """Over microbatches, by their shares."""
+    whole = sum(share for _, share in parts)
+    age, drift = (sum(getattr(one, name) * share for one, share in parts) / whole for name in ("age", "drift"))
+    gluing = torch.stack([one.gluing_loss * (share / whole) for one, share in parts]).sum()
+    return replace(parts[-1][0], gluing_loss=gluing, age=age, drift=drift)

@@ -28,7 +28,7 @@ class Reporter:
     def __init__(self, rendezvous: Rendezvous, place: Place) -> None:
         self._rendezvous, self._place = rendezvous, place
         self._next = 0.0
-        self._last = (0.0, 0.0, 0)  # seconds, waited, bytes at the last telling
+        self._last: tuple[float, float, int] | None = None  # seconds, waited, bytes at the last telling
 
     def update(self, training: Training) -> None:
         """After a step."""
@@ -39,7 +39,7 @@ class Reporter:
             return
         self._next = now + 0.5
         means, sent = training.epoch_means, sum(remote.traffic().values())
-        before, waited, bytes_before = self._last
+        before, waited, bytes_before = self._last or (*training.begun[1:], 0)
         span = max(training.seconds - before, 1e-9)
         self._last = training.seconds, training.waited, sent
         score = training.score

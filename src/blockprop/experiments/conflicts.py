@@ -135,9 +135,9 @@ def _check_blocks(settings: "Settings") -> None:
 def _check_form(settings: "Settings") -> None:
     wanted: tuple[str, ...]
     if settings.executor == "processes":
-        where, wanted = "--executor processes", ("exact", "proximal")
+        where, wanted = "--executor processes", ("exact",)
     elif settings.who_does_what == "pipelined":
-        where, wanted = "--schedule pipelined", ("exact", "proximal")
+        where, wanted = "--schedule pipelined", ("exact",)
     elif settings.who_does_what == "cached":
         where, wanted = ("--replay", ("published",)) if settings.replay else ("--schedule cached", ("exact",))
     else:
@@ -178,6 +178,11 @@ def _check_processes(settings: "Settings") -> None:
         )
     if settings.policy == "free-running" and settings.who_does_what == "sync":
         raise ValueError("--policy free-running has no use for --schedule sync; expected pipelined or cached")
+    if settings.who_does_what == "cached" and settings.replicas > 1:
+        raise ValueError(
+            "--replicas share a batch anew in every epoch, so that a cache would not find its examples; expected "
+            "--replicas 1 with --schedule cached"
+        )
     if settings.policy == "free-running" and settings.replicas > 1:
         raise ValueError(
             "--replicas average their gradients at every update, which free-running ones do at different times; "

@@ -1,6 +1,7 @@
 """Who carries out a run's schedule: its executor, with cache, late feedback and messages as the settings have them."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,4 +92,6 @@ def _cache(settings: Settings, examples: int) -> GluingCache:
         path=None if settings.cache in ("none", "memory") else Path(settings.cache),
         dtype=getattr(torch, settings.cache_dtype),
         limit=None if settings.cache_limit is None else int(settings.cache_limit * 2**30),
+        # a block that lost its entries would learn nothing until the feedback that all of them wait for
+        snapshot=sys.maxsize if settings.executor == "processes" else 2**30,
     )

@@ -300,8 +300,9 @@ class _Block:
         assert remote is not None
         optimizer = training.algo.wsteps[place.block - 1].optimizer
         memory = tensor_bytes(training.algo.blocks[place.block - 1], optimizer)
+        steps = max(1, training.step - training.begun[0])  # that this process has sent messages for
         own = {
-            "bytes_per_step": {way: count / training.step for way, count in remote.traffic().items()},
+            "bytes_per_step": {way: count / steps for way, count in remote.traffic().items()},
             "memory": {**memory, "activations_in_flight": self._most_in_flight},
             "busy": 1 - training.waited / training.seconds if training.seconds else 0.0,
         }

@@ -13,7 +13,8 @@ def under_todays_names(recorded: dict[str, Any]) -> dict[str, Any]:
     """What older runs recorded, as it would be recorded now."""
     if "lr_schedule" not in recorded and "schedule" in recorded:
         recorded = {**recorded, "lr_schedule": recorded["schedule"], "schedule": None}
-    if recorded.get("optimizer") in ("adam", "adamw", "nadam") and recorded.get("momentum") == 0:
+    older = "copies" not in recorded  # than the first run that could set β1 and recorded it so
+    if older and recorded.get("optimizer") in ("adam", "adamw", "nadam") and recorded.get("momentum") == 0:
         recorded = {**recorded, "momentum": USUAL_MOMENTUM["adam"]}  # it was not theirs to set
     if "trust" not in recorded and recorded.get("feedback") == "target" and recorded.get("schedule") == "pipelined":
         recorded = {**recorded, "trust": "none"}  # corrections had no limit

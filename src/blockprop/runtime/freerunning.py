@@ -119,7 +119,7 @@ class FreeRunningExecutor:
         if late.top:
             assert targets is not None
             self._labels = {n: y for n, y in self._labels.items() if n > number - 8 * late.blocks} | {number: targets}
-            term, feedback = late.learn_top(number, targets, 1.0, quiet=quiet)
+            term, feedback = late.learn_top(number, targets, quiet=quiet)
             report.loss = check_finite(term)
             if feedback is not None and self.remote.below is not None:
                 self.remote.below.send(feedback_message(number, feedback.gluing, late.version))
