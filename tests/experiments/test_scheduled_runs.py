@@ -148,6 +148,7 @@ def test_a_batch_has_as_many_microbatches_as_there_are_ticks_until_feedback(more
         (["--warmup", "-1"], "--warmup is -1"),
         ([*PIPELINED, "--delay-annealing", "-1"], "--delay-annealing is -1"),
         ([*PIPELINED, "--curvature", "-1"], "curvature is -1"),
+        ([*PIPELINED, "--curvature", "1", "--directions", "both"], "expected --curvature auto"),
         (["--schedule", "pipelined", "--compensation", "1"], "expected --feedback stashed"),
         ([*PIPELINED, "--form", "published"], "expected --form exact"),
         ([*PIPELINED, "--form", "proximal", "--h-steps", "2"], "expected --form exact"),

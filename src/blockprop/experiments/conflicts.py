@@ -149,6 +149,8 @@ def _check_form(settings: "Settings") -> None:
 def _check_schedule(settings: "Settings") -> None:
     if settings.algorithm == "blockprop":
         _check_form(settings)
+    if settings.directions == "both" and settings.curvature != "auto":
+        raise ValueError("--directions both measures two curvatures; expected --curvature auto with it")
     if settings.compensation and settings.feedback != "stashed":
         raise ValueError("--compensation corrects gradients at stashed weights; expected --feedback stashed with it")
     if settings.cache_limit is not None and not 0 <= settings.cache_limit < math.inf:
