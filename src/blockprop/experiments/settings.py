@@ -182,7 +182,11 @@ class Settings:
         _option(_SCHEDULE, "Numbers in the cache; int8 has a scale per example."),
     ] = "float32"
     cache_limit: Annotated[
-        float | None, _option(_SCHEDULE, "GiB that the cache may take. Default: half of what is free.")
+        float | None,
+        _option(
+            _SCHEDULE,
+            "GiB that the cache may take, in each process if there are several. Default: half of what is free.",
+        ),
     ] = None
     refresh: Annotated[int, _option(_SCHEDULE, "E: an example's feedback is computed on every E-th visit.")] = 2
     residual: Annotated[
