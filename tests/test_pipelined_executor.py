@@ -291,7 +291,7 @@ def test_older_checkpoints_do_not_tell_how_many_predictions_a_batch_has():
 def test_labels_that_are_all_ignored_tell_no_curvature():
     correction = Correction()
     correction.measured(0, [torch.ones(3, 2), torch.zeros(3, 2)], [torch.zeros(3, 2), torch.zeros(3, 2)])
-    assert correction.curvature.values == {}
+    assert correction.curvature.means.values == {}
 
 
 def test_a_report_is_of_all_microbatches():
@@ -428,7 +428,7 @@ def test_a_measurement_leaves_no_trace():
     watching = Watching(1)
     _, _, weights = trained(PipelinedExecutor(curvature=watching))
     _, _, reference = trained(PipelinedExecutor(curvature=Constant(0)))
-    assert watching.values.keys() == {0, 1}
+    assert watching.means.values.keys() == {0, 1}
     assert torch.equal(weights, reference)
 
 
@@ -540,7 +540,7 @@ def test_with_a_cache_curvatures_are_measured_on_the_first_visits(reuse):
     algo = trainer(PipelinedExecutor(curvature=curvature, along=True, reuse=reuse, **cache), K=2)
     for index, (x, y) in enumerate(data()[:6]):
         algo.step(x, y, torch.arange(8 * index, 8 * index + 8))
-    assert 0 in curvature.values
+    assert 0 in curvature.means.values
 
 
 def test_a_constant_per_example_makes_targets_equally_far():
@@ -574,13 +574,13 @@ def test_step_sizes_up_to_which_a_target_converges(curvature, inside):
 
 
 @pytest.mark.parametrize("along", [False, True])
-@pytest.mark.parametrize("trust", [0.0, 0.3, math.inf])
-def test_a_target_s_slope_is_the_gradient_of_its_mean(along, trust):
+@pytest.mark.parametrize("longest", [0.0, 0.8, math.inf])
+def test_a_target_s_slope_is_the_gradient_of_its_mean(along, longest):
     """Of some examples the way is so long that the correction is cut, of one there is none."""
     torch.manual_seed(0)
     old, slope = torch.randn(2, 6, 3, 2, dtype=torch.float64)
     output = (old + slope.new_tensor([0, 0.01, 0.1, 1, 10, 100]).view(6, 1, 1) * torch.randn_like(old)).requires_grad_()
-    term = TargetTerm(old, slope / 6, 6, 2.0, along, 0.5 if along else 0.0, trust)
+    term = TargetTerm(old, slope / 6, 6, 2.0, along, 0.5 if along else 0.0, longest)
     root = term.root(output)
     mean, _ = term.mean(output)
     (gradient,) = torch.autograd.grad(mean, output)
@@ -589,19 +589,31 @@ def test_a_target_s_slope_is_the_gradient_of_its_mean(along, trust):
 
 
 def test_a_correction_is_no_longer_than_trusted():
-    """κ d itself up to a share of ‖g‖, then of that length; every example for itself, however large the batch."""
+    """κ d itself up to a length, then of that length; every example for itself, however large the batch."""
     torch.manual_seed(0)
     old, slope, way = torch.randn(3, 5, 4, dtype=torch.float64)
-    lengths = slope.norm(dim=1, keepdim=True) * way.new_tensor([[0], [1], [2], [4], [8]])
-    way = lengths * torch.nn.functional.normalize(way)
-    root = TargetTerm(old, slope / 5, 5, 0.1, trust=0.3).root(old + way)
+    way = way.new_tensor([[0], [1], [2], [4], [8]]) * torch.nn.functional.normalize(way)
+    root = TargetTerm(old, slope / 5, 5, 0.1, longest=0.3).root(old + way)
     assert root.slope is not None
     correction = 5 * root.slope - slope
     torch.testing.assert_close(correction[:3], 0.1 * way[:3])
-    torch.testing.assert_close(correction[3:].norm(dim=1), 0.3 * slope[3:].norm(dim=1))
+    torch.testing.assert_close(correction[3:].norm(dim=1), way.new_tensor([0.3, 0.3]))
     torch.testing.assert_close(correction[3:] / way[3:], 0.1 * (way.new_tensor([[0.75], [0.375]])).expand(2, 4))
-    alone = TargetTerm(old[3:4], slope[3:4], 1, 0.1, trust=0.3).root(old[3:4] + way[3:4])
+    alone = TargetTerm(old[3:4], slope[3:4], 1, 0.1, longest=0.3).root(old[3:4] + way[3:4])
     torch.testing.assert_close(alone.slope, 5 * root.slope[3:4])
+
+
+def test_a_correction_is_trusted_up_to_a_share_of_what_feedback_its_link_has():
+    """Of the root of the mean square over examples and messages; an example with little feedback is no exception."""
+    correction = Correction(trust=0.5)
+    first, second = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [2.0, 2.0]])
+    assert correction.longest(0, first) == pytest.approx(0.5 * math.sqrt(25 / 2))
+    assert correction.longest(1, second) == pytest.approx(0.5 * math.sqrt(9 / 2))
+    resumed = Correction(trust=0.5)
+    resumed.load_state_dict(correction.state_dict())
+    for one in (correction, resumed):
+        assert one.longest(0, second) == pytest.approx(0.5 * math.sqrt((25 + 9) / 4))
+    assert Correction(trust=math.inf).longest(0, first) == math.inf
 
 
 def test_what_is_not_trusted_is_the_delayed_gradient():
@@ -623,7 +635,7 @@ def test_curvatures_per_example_are_measured_and_used():
     ratio = Secant(every=2)
     across = PerExample(Secant(2))
     _, _, weights = trained(PipelinedExecutor(curvature=PerExample(ratio), along=True, across=across))
-    assert set(ratio.values) == {0, 1}
+    assert set(ratio.means.values) == {0, 1}
     assert min(ratio.values.values()) > 0
     _, _, others = trained(PipelinedExecutor(curvature=Secant(2), along=True, across=Secant(2)))
     assert not torch.equal(weights, others)
@@ -687,7 +699,7 @@ def test_with_as_many_microbatches_as_ticks_every_link_is_measured(K):
     algo = trainer(executor, K, mlp(depth=6))
     for x, y in data(120, 20):
         algo.step(x, y)
-    assert set(executor.correction.curvature.values) == set(range(K - 1))
+    assert set(executor.correction.curvature.means.values) == set(range(K - 1))
 
 
 @pytest.mark.parametrize("first", [lambda: nn.ReLU(inplace=True), lambda: nn.Linear(12, 12)])
@@ -700,7 +712,7 @@ def test_curvature_is_measured_through_blocks_of_every_kind(first, precision):
     algo = blockprop.BlockProp(blocks, CE, sgd(0.1), executor=executor, precision=precision)
     for x, y in data():
         algo.step(x.to(next(model.parameters()).dtype), y)
-    assert min(executor.correction.curvature.values.values()) > 0
+    assert min(executor.correction.curvature.means.values.values()) > 0
 
 
 @pytest.mark.parametrize(

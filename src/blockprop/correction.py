@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from blockprop.curvature import Constant, Curvature, Secant
-from blockprop.objective import projected
 from blockprop.probe import Points
+from blockprop.running import RunningMean
+from blockprop.ways import norms, projected
 
 __all__ = ["Correction"]
 
@@ -24,9 +25,10 @@ class Correction:
         curvature: κ of the targets; default [`Secant`][blockprop.curvature.Secant], measured while training.
         along: let κ act along each example's own slope alone (`TargetTerm`); default False.
         across: the curvature across the slopes, if `along`; default none, 0.
-        trust: how long the correction κ d of an example may be, as a multiple of its feedback's norm; default 0.3, at
-            least 0. A κ that lags behind a curvature that falls is too large, and the correction then drives the block
-            further than it corrects.
+        trust: how long the correction κ d of an example may be, as a multiple of the norm that an example's feedback
+            has on its link (the root of a running mean square over the latest messages); default 0.3, at least 0. A
+            κ that lags behind a curvature that falls is too large, and the correction then drives the block further
+            than it corrects.
         reuse: take the gradient on the graph of the forward pass and at the weights that it had (weight stashing), for
             three passes instead of four. Nothing has moved there, so that the feedback is the delayed gradient.
         prediction: at which weights a block forwards: its present ones moved on by so many of the updates that it will
@@ -64,6 +66,7 @@ class Correction:
         self.along = along
         self.across: Curvature = across or Constant(0.0)
         self.trust = trust
+        self._squares = RunningMean()  # ‖g‖² of an example, of its own summed loss
         self.reuse, self.prediction, self.compensation = reuse, prediction, compensation
 
     def points(self, old: Tensor, new: Tensor, slope: Tensor) -> Points:
@@ -94,11 +97,30 @@ class Correction:
         for curvature, (point, slope) in zip((self.curvature, self.across), pairs, strict=False):
             curvature.measure(link, point - points[0], slope - slopes[0], slopes[0])
 
+    def longest(self, link: int, slope: Tensor) -> float:
+        """The length up to which the correction of an example is trusted; to be asked once for every message.
+
+        It is not in proportion to the example's own slope: most of those that are classified well have next to none.
+
+        Args:
+            link: from 0 at the bottom.
+            slope: the feedback, of each example's own summed loss, shape [N, ...].
+        """
+        if self.trust == math.inf:
+            return math.inf
+        return self.trust * math.sqrt(self._squares.add(link, float(norms(slope).square().mean())))
+
     def state_dict(self) -> dict[str, Any]:
-        """What is known of the curvature."""
-        return {"curvature": self.curvature.state_dict(), "across": self.across.state_dict()}
+        """What is known of the curvature, and of the feedback's length."""
+        return {
+            "curvature": self.curvature.state_dict(),
+            "across": self.across.state_dict(),
+            "squares": self._squares.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.curvature.load_state_dict(state["curvature"])
         self.across.load_state_dict(state["across"])
+        if "squares" in state:  # not in older checkpoints
+            self._squares.load_state_dict(state["squares"])

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from blockprop.running import RunningMean
+from blockprop.ways import norms
+
 __all__ = ["Constant", "Curvature", "PerExample", "Secant"]
 
 
@@ -96,13 +99,12 @@ class Secant:
     """κ = ⟨Δg, d⟩ / ⟨d, d⟩, measured while training, a link at a time; no less than 0, and 0 until first measured.
 
     Δg is the difference of today's gradients at b_now(h) and at b_old(h). One measurement is of a few examples and
-    varies by its own size, so that κ is a mean of many: of all alike at first, so that none of the first lasts, since
-    curvature falls fast in the first steps, and a κ that is much too large does harm.
+    varies by its own size, so that κ is a mean of many (`RunningMean`): curvature falls fast in the first steps, and
+    a κ that is much too large does harm.
 
     Args:
         every: ticks between two measurements, default 20; the links take turns.
-        memory: what is kept of the running mean at a new measurement, in [0, 1), default 0.9; 1 - 1/n at the n-th,
-            while that is less.
+        memory: what is kept of the running mean at a new measurement, in [0, 1), default 0.9.
 
     Raises:
         ValueError: a setting out of its range.
@@ -110,18 +112,16 @@ class Secant:
 
     every: int = 20
     memory: float = 0.9
-    values: dict[int, float] = field(default_factory=dict, init=False)
-    counts: dict[int, int] = field(default_factory=dict, init=False)
+    means: RunningMean = field(init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every is {self.every}; expected a whole number of ticks, at least 1")
-        if not 0 <= self.memory < 1:
-            raise ValueError(f"memory is {self.memory}; expected a number in [0, 1)")
+        self.means = RunningMean(self.memory)
 
     def at(self, link: int, slope: Tensor) -> float:  # noqa: ARG002
         """The running mean."""
-        return self.values.get(link, 0.0)
+        return self.means.at(link)
 
     def wants(self, link: int, links: int, tick: int) -> bool:
         """Once in every n ticks, of one link."""
@@ -131,21 +131,16 @@ class Secant:
     def measure(self, link: int, way: Tensor, change: Tensor, slope: Tensor) -> None:  # noqa: ARG002
         """Take the secant of the loss above along the way; a block that has not moved tells nothing."""
         square = float(torch.sum(way * way))
-        if square == 0:
-            return
-        found = max(0.0, float(torch.sum(change * way)) / square)
-        self.counts[link] = count = self.counts.get(link, 0) + 1
-        kept = min(self.memory, 1 - 1 / count)
-        self.values[link] = kept * self.values.get(link, 0.0) + (1 - kept) * found
+        if square > 0:
+            self.means.add(link, max(0.0, float(torch.sum(change * way)) / square))
 
     def state_dict(self) -> dict[str, Any]:
-        """The running means, and of how many measurements they are."""
-        return {"values": dict(self.values), "counts": dict(self.counts)}
+        """The running means."""
+        return self.means.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with these means."""
-        self.values = dict(state["values"])
-        self.counts = dict(state.get("counts") or dict.fromkeys(self.values, 20))  # not in older checkpoints
+        self.means.load_state_dict(state)
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ class PerExample:
     def at(self, link: int, slope: Tensor) -> Tensor:
         """ρ ‖g_i‖, shape [N, 1, ...]."""
         ratio = self.ratio.at(link, slope)
-        return ratio * _norms(slope)
+        return ratio * norms(slope)
 
     def wants(self, link: int, links: int, tick: int) -> bool:
         """As the ratio does."""
@@ -174,7 +169,7 @@ class PerExample:
 
     def measure(self, link: int, way: Tensor, change: Tensor, slope: Tensor) -> None:
         """Learn ρ: the secant along a way that is longer by √‖g_i‖, of a change that is smaller by as much."""
-        root = _norms(slope).sqrt()
+        root = norms(slope).sqrt()
         self.ratio.measure(link, root * way, (change / root).where(root > 0, 0), slope)
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,8 +179,3 @@ class PerExample:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the ratio's."""
         self.ratio.load_state_dict(state)
-
-
-def _norms(slope: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(slope, dim=tuple(range(1, slope.ndim)), keepdim=True)
-    return norms

@@ -20,9 +20,10 @@ from blockprop.correction import Correction
 from blockprop.evaluation import Evaluation
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
-from blockprop.objective import LossTerm, TargetTerm, UpperTerm, projected
+from blockprop.objective import LossTerm, TargetTerm, UpperTerm
 from blockprop.probe import Points, Probe
 from blockprop.stage import Feedback, Stage
+from blockprop.ways import projected
 
 __all__ = ["LateStage", "Learnt"]
 
@@ -194,7 +195,8 @@ class LateStage:
             self._count = gluing.count * share / len(old)
             self._store(ids, old, whole, tick)
         kappa, across = (one.at(self.link, whole) for one in (correction.curvature, correction.across))
-        target = TargetTerm(old, gluing.direction, gluing.count, kappa, correction.along, across, correction.trust)
+        longest = correction.longest(self.link, whole)
+        target = TargetTerm(old, gluing.direction, gluing.count, kappa, correction.along, across, longest)
         before = self.stage.wstep.hold() if correction.compensation else []
         self._latest = None if correction.reuse else (evaluation, target)
         _, feedback = self.stage.train(evaluation, target)

@@ -17,6 +17,7 @@ from blockprop.evaluation import Evaluation
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
 from blockprop.penalties import Huber, Penalty, Squared
+from blockprop.ways import norms, projected
 
 __all__ = [
     "CurvatureProduct",
@@ -95,9 +96,8 @@ class TargetTerm:
     what is left is the delayed gradient. If κ is the curvature of what lies above along d, its slope
     g + κ d is the gradient that a new evaluation of what lies above would give at b(h), to first order.
 
-    To first order is near b_old(h) only. So an example's κ d is trusted up to a share of its g: where ‖κ d‖ would be
-    longer, it is that long, and the squared penalty becomes Huber's. The target is then never nearer than the
-    block has already gone, divided by that share.
+    To first order is near b_old(h) only. So an example's κ d is trusted up to a length: where it would be longer, it is
+    that long, and the squared penalty becomes Huber's.
 
     Attributes:
         old: b_old(h), the block's output when it was sent up, shape [N, ...].
@@ -108,8 +108,8 @@ class TargetTerm:
             along its own slope far more than in other directions, and the target is then a plane: reached ‖g‖/κ down
             the slope, wherever else the output has gone.
         across: the curvature in all directions across the slope, if `along`; default 0. One or several, as κ.
-        trust: how long the κ d of an example may be, as a multiple of its ‖g‖, along and across each for
-            itself; default infinity.
+        longest: what an example's ‖κ d‖ may be, along and across each for itself, with κ d of the sum over predictions;
+            default infinity.
     """
 
     old: Tensor
@@ -118,7 +118,7 @@ class TargetTerm:
     curvature: float | Tensor
     along: bool = False
     across: float | Tensor = 0.0
-    trust: float = math.inf
+    longest: float = math.inf
 
     def _ways(self, moved: Tensor) -> list[tuple[Tensor, float | Tensor]]:
         """Every part of the way d, with its κ; those that have one."""
@@ -131,11 +131,12 @@ class TargetTerm:
     def _corrected(self, moved: Tensor) -> tuple[Tensor, Tensor]:
         """The slope, g + κ d, and the term."""
         slope = self.slope.to(moved.dtype)
-        mean, most = torch.dot(slope.flatten(), moved.flatten()), self.trust * _lengths(slope)
+        mean = torch.dot(slope.flatten(), moved.flatten())
         for way, kappa in self._ways(moved):
-            length, scale = _lengths(way), kappa / self.count
-            pull = scale * length
-            trusted = torch.where(pull > most, most / pull.where(pull > most, 1), 1)
+            length, scale = norms(way), kappa / self.count
+            pull = kappa * length
+            cut = pull > self.longest
+            trusted = torch.where(cut, self.longest / pull.where(cut, 1), 1)
             slope = torch.addcmul(slope, way, scale * trusted)
             mean = mean + torch.sum(scale * trusted * (1 - trusted / 2) * length**2)
         return slope, mean
@@ -148,20 +149,6 @@ class TargetTerm:
         """The output itself, with the term's gradient in closed form."""
         slope, mean = self._corrected(output.detach() - self.old)
         return Root(output, slope.to(output.dtype), mean, self.count)
-
-
-def _lengths(values: Tensor) -> Tensor:
-    """Every example's norm, shape [N, 1, ...]."""
-    lengths: Tensor = torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim)), keepdim=True)
-    return lengths
-
-
-def projected(moved: Tensor, slope: Tensor) -> Tensor:
-    """The part of every example's way along its slope; all of shape [N, ...]. Zero where the slope is."""
-    way, along = moved.flatten(1), slope.flatten(1).to(moved.dtype)
-    square = (along * along).sum(1, keepdim=True)
-    share = (way * along).sum(1, keepdim=True) / square.where(square > 0, 1)
-    return (share * along).view_as(moved)
 
 
 @dataclass(frozen=True)

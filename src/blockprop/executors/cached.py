@@ -21,8 +21,9 @@ from blockprop.evaluation import Evaluation
 from blockprop.executors.executor import LinkReport, StepReport, Synchronous, check_finite
 from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
-from blockprop.objective import TargetTerm, projected
+from blockprop.objective import TargetTerm
 from blockprop.stage import Link, Stage
+from blockprop.ways import projected
 
 __all__ = ["CachedExecutor"]
 

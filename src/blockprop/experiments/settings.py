@@ -166,8 +166,8 @@ class Settings:
         float | Literal["none"],
         _option(
             _SCHEDULE,
-            "How far late feedback is corrected for what has moved since: by so much of an example's own feedback, or "
-            "none: without a limit.",
+            "How far late feedback on an example is corrected for what has moved since: by so much of what feedback "
+            "its link has, or none: without a limit.",
         ),
     ] = 0.3
     cache: Annotated[
