@@ -77,6 +77,7 @@ def test_every_e_th_visit_is_refreshed(refresh):
         assert {link.steps for report in reports for link in report.links} == {steps}
         assert {link.age for report in reports for link in report.links} == {epoch % refresh}
         assert all((link.drift > 0) == (steps == 0) for report in reports for link in report.links)
+        assert {link.curvature for report in reports for link in report.links} == {0.0 if steps else 0.1}
         assert all(len(report.links) == 2 and report.examples for report in reports)
 
 

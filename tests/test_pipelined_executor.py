@@ -190,13 +190,24 @@ def test_a_batch_smaller_than_its_parts():
     assert [wstep.calls for wstep in algo.wsteps] == [4, 4]
 
 
-def test_reports_of_age_and_drift():
-    _, reports, _ = trained(PipelinedExecutor(curvature=Constant(0.1)))
+def test_reports_of_age_drift_and_curvature():
+    _, reports, _ = trained(PipelinedExecutor(curvature=Constant([0.1, 0.2])))
     assert math.isnan(reports[0].loss)
     assert reports[0].links == []
     assert math.isfinite(reports[5].loss)
     assert [link.age for link in reports[-1].links] == [4, 2]
     assert all(link.drift > 0 for link in reports[-1].links)
+    assert [link.curvature for link in reports[-1].links] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(("trust", "limited"), [(0.0, 1), (1e6, 0), (math.inf, 0)])
+def test_reports_of_how_many_corrections_are_cut(trust, limited):
+    """All where nothing is trusted; none on a microbatch under which the block has not moved."""
+    executor = PipelinedExecutor(curvature=Constant(2.0), trust=trust, microbatches=1)
+    _, reports, _ = trained(executor)
+    assert [link.limited for link in reports[-1].links] == [limited, limited]
+    _, reports, _ = trained(PipelinedExecutor(curvature=Constant(2.0), trust=trust, microbatches=4))
+    assert all(0 <= link.limited <= limited for link in reports[-1].links)
 
 
 def test_losing_half_of_the_feedback_still_moves_the_blocks_below():

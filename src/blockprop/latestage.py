@@ -23,7 +23,7 @@ from blockprop.losses import OutputLoss
 from blockprop.objective import LossTerm, TargetTerm, UpperTerm
 from blockprop.probe import Points, Probe
 from blockprop.stage import Feedback, Stage
-from blockprop.ways import projected
+from blockprop.ways import averaged, projected
 
 __all__ = ["LateStage", "Learnt"]
 
@@ -40,6 +40,8 @@ class Learnt:
         gluing_loss: ‖h* - b_old(h)‖² per example, mean over the batch: a scalar tensor.
         age: ticks since the forward pass, or visits since the entries of the cache were made.
         drift: ‖b_now(h) - b_old(h)‖² per example, mean over the batch.
+        curvature: κ of the target; mean over the batch, where every example has its own.
+        limited: share of the examples whose correction was longer than is trusted.
         cached: whether the feedback came from the cache.
     """
 
@@ -47,6 +49,8 @@ class Learnt:
     gluing_loss: Tensor
     age: float
     drift: float
+    curvature: float = 0.0
+    limited: float = 0.0
     cached: bool = False
 
 
@@ -202,7 +206,14 @@ class LateStage:
         _, feedback = self.stage.train(evaluation, target)
         if correction.compensation:
             self._compensate(before, list(evaluation.weights.values()))
-        return Learnt(feedback, gluing.squared_sum / len(new), tick - sent, _drift(new, old))
+        return Learnt(
+            feedback,
+            gluing.squared_sum / len(new),
+            age=tick - sent,
+            drift=_drift(new, old),
+            curvature=averaged(kappa),
+            limited=target.limited(new),
+        )
 
     def learn_cached(self, number: int, ids: Tensor, share: float) -> Learnt:
         """The gradient of a block below the last at a fresh batch, from the feedback that its examples had before.
@@ -232,7 +243,7 @@ class LateStage:
         target = TargetTerm(anchor, slope.direction, slope.count, kappa, along=True)
         self.stage.add_gradient(evaluation, target)
         age = float(self.cache.visits(ids)[0].float().mean())
-        return Learnt(None, slope.squared_sum / len(output), age, _drift(output, anchor), cached=True)
+        return Learnt(None, slope.squared_sum / len(output), age, _drift(output, anchor), averaged(kappa), cached=True)
 
     def again(self) -> bool:
         """One more W-step on the batch that was learnt from last: J_k at the present weights, with the same target.

@@ -141,6 +141,13 @@ class TargetTerm:
             mean = mean + torch.sum(scale * trusted * (1 - trusted / 2) * length**2)
         return slope, mean
 
+    def limited(self, output: Tensor) -> float:
+        """The share of examples whose κ d is longer than `longest`, in one of its parts at least."""
+        if self.longest == math.inf or output.data_ptr() == self.old.data_ptr():  # the very same: it has not moved
+            return 0.0
+        cut = [kappa * norms(way) > self.longest for way, kappa in self._ways(output.detach() - self.old)]
+        return float(torch.stack(cut).any(0).float().mean()) if cut else 0.0
+
     def mean(self, output: Tensor) -> tuple[Tensor, float]:
         """The term divided by the number of predictions, and that number."""
         return self._corrected(output - self.old)[1], self.count

@@ -71,6 +71,9 @@ def lives_here(block: nn.Module) -> bool:
     return not any(parameter.is_meta for parameter in block.parameters())
 
 
+_STALENESS = ("age", "drift", "curvature", "limited")
+
+
 @dataclass
 class Means:
     """Running means over examples, of the loss and of every link's gluing loss."""
@@ -83,6 +86,8 @@ class Means:
     unlinked: int = 0
     age: list[float] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
+    curvature: list[float] = field(default_factory=list)
+    limited: list[float] = field(default_factory=list)
     waited: float = 0.0
 
     def add(self, report: StepReport) -> None:
@@ -98,8 +103,9 @@ class Means:
             self.unlinked += report.examples
             return
         self.gluing = _added(self.gluing, report.gluing_loss, report.examples)
-        self.age = _added(self.age, [link.age for link in report.links], report.examples)
-        self.drift = _added(self.drift, [link.drift for link in report.links], report.examples)
+        for name in _STALENESS:
+            values = [getattr(link, name) for link in report.links]
+            setattr(self, name, _added(getattr(self, name), values, report.examples))
 
     def values(self) -> dict[str, Any]:
         """The means, ready for the metrics."""
@@ -111,7 +117,7 @@ class Means:
             "unstable_steps": self.unstable,
         }
         if any(self.age):
-            values |= {"age": [v / linked for v in self.age], "drift": [v / linked for v in self.drift]}
+            values |= {name: [value / linked for value in getattr(self, name)] for name in _STALENESS}
         return values
 
 

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-__all__ = ["norms", "projected"]
+__all__ = ["averaged", "norms", "projected"]
+
+
+def averaged(values: float | Tensor) -> float:
+    """The mean over examples, of a figure that may be the same for all."""
+    return float(values.mean()) if isinstance(values, Tensor) else values
 
 
 def norms(values: Tensor) -> Tensor:

@@ -105,6 +105,8 @@ def test_age_and_drift_are_in_the_metrics(tmp_path):
     last = [row for row in rows if row["kind"] == "train"][-1]
     assert last["age"] == [4.0, 2.0]
     assert all(value > 0 for value in last["drift"])
+    assert all(value > 0 for value in last["curvature"])
+    assert all(0 <= value <= 1 for value in last["limited"])
 
 
 def test_what_was_chosen_is_recorded(tmp_path):

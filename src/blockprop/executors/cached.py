@@ -10,6 +10,7 @@ is the published one, where inputs are cached as well.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from blockprop.gluing import Gluing
 from blockprop.losses import OutputLoss
 from blockprop.objective import TargetTerm
 from blockprop.stage import Link, Stage
-from blockprop.ways import projected
+from blockprop.ways import averaged, projected
 
 __all__ = ["CachedExecutor"]
 
@@ -188,7 +189,8 @@ class CachedExecutor(Synchronous):
             stage.add_gradient(evaluation, TargetTerm(entry.anchor, slope, count, curvature, self.along))
             corrected = entry.direction + self._correction(link, entry, output)
             age = float(visits[link].float().mean()) + 1
-            links.append(_report(stage.above, corrected, output - entry.anchor, age))
+            report = _report(stage.above, corrected, output - entry.anchor, age)
+            links.append(replace(report, curvature=averaged(curvature)))
         stages[-1].add_gradient(evaluations[-1], targets)
         if update:
             for stage in stages:

@@ -31,6 +31,9 @@ class LinkReport:
         age: how old the feedback was when the block below learnt from it: ticks of the pipeline, visits of the
             example in the cache; 0 where nothing is late.
         drift: the mean of ‖b_now(h) - b_old(h)‖² per example: how far that block had moved its output since.
+        curvature: κ of the target that the feedback was made into; 0 where nothing is late.
+        limited: share of the examples whose correction was longer than is trusted
+            ([`Correction`][blockprop.correction.Correction]).
     """
 
     gluing_loss: Tensor
@@ -40,6 +43,8 @@ class LinkReport:
     stable: bool
     age: float = 0.0
     drift: float = 0.0
+    curvature: float = 0.0
+    limited: float = 0.0
 
     @classmethod
     def of_late(cls, learnt: Learnt) -> "LinkReport":
@@ -52,6 +57,8 @@ class LinkReport:
             stable=True,
             age=learnt.age,
             drift=learnt.drift,
+            curvature=learnt.curvature,
+            limited=learnt.limited,
         )
 
     @classmethod

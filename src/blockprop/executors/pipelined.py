@@ -418,6 +418,7 @@ class _Report:
 def _mean(parts: Sequence[tuple[Learnt, float]]) -> Learnt:
     """Over microbatches, by their shares."""
     whole = sum(share for _, share in parts)
-    age, drift = (sum(getattr(one, name) * share for one, share in parts) / whole for name in ("age", "drift"))
+    names = ("age", "drift", "curvature", "limited")
+    means = {name: sum(getattr(one, name) * share for one, share in parts) / whole for name in names}
     gluing = torch.stack([one.gluing_loss * (share / whole) for one, share in parts]).sum()
-    return replace(parts[-1][0], gluing_loss=gluing, age=age, drift=drift)
+    return replace(parts[-1][0], gluing_loss=gluing, **means)
