@@ -8,19 +8,19 @@ neighbours (`blockprop.runtime`). The numbers are the same.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blockprop.cache import GluingCache, Visits
 from blockprop.correction import Correction
 from blockprop.executors.alignment import late_alignment
-from blockprop.executors.executor import LinkReport, StepReport, check_finite
+from blockprop.executors.executor import StepReport, check_finite
 from blockprop.executors.mail import LocalMail, Mail, Remote
+from blockprop.executors.tally import Tally
 from blockprop.executors.turns import Turns
-from blockprop.latestage import LateStage, Learnt
+from blockprop.latestage import LateStage
 from blockprop.losses import OutputLoss
 from blockprop.schedules import Action, Latency, Tick, delay, parallel, pipelined, sequential
 from blockprop.stage import Stage
@@ -135,12 +135,10 @@ class PipelinedExecutor:
             raise ValueError("in a pipeline the blocks learn from different batches; expected the executor 'local'")
         self._begin(stages)
         waited = 0.0 if self.remote is None else self.remote.waited
-        examples = self._feed(inputs, targets, ids)
-        report = _Report(len(stages) - 1)
+        examples, tally = self._feed(inputs, targets, ids), Tally(self._links)
         while not any(kind == "forward" and k == 1 and number >= self._fed for k, kind, number in self._next):
-            self._carry_out(report)
-        report.waited = 0.0 if self.remote is None else self.remote.waited - waited
-        return report.made(examples, self._links)
+            self._carry_out(tally)
+        return tally.report(examples, 0.0 if self.remote is None else self.remote.waited - waited)
 
     @property
     def _links(self) -> int:
@@ -187,15 +185,16 @@ class PipelinedExecutor:
 
     def drain(self, stages: Sequence[Stage]) -> StepReport:
         """Train on what is still on its way, and take nothing new in."""
-        report = _Report(len(stages) - 1)
-        if self._parts:
-            self._begin(stages)
-            while self._parts:
-                self._carry_out(report)
-            for late in self._lates:
-                if self._here(late):
-                    late.update()  # on what came after its last one
-        return report.made(0, self._links)
+        if not self._parts:
+            return Tally(0).report()
+        self._begin(stages)
+        tally = Tally(self._links)
+        while self._parts:
+            self._carry_out(tally)
+        for late in self._lates:
+            if self._here(late):
+                late.update()  # on what came after its last one
+        return tally.report()
 
     def close(self) -> None:
         """Part from the other processes, if there are any."""
@@ -230,7 +229,7 @@ class PipelinedExecutor:
         ]
         self._mail = LocalMail(self._lates) if self.remote is None else self.remote.mail(self._lates)
 
-    def _carry_out(self, report: "_Report") -> None:
+    def _carry_out(self, tally: Tally) -> None:
         assert self._ticks is not None and self._mail is not None
         links = range(len(self._lates) - 1)
         self._turns.due |= {link for link in links if self.correction.curvature.wants(link, len(links), self.tick)}
@@ -242,7 +241,7 @@ class PipelinedExecutor:
                 self._mail.serve(k, part.labels)
         for action in self._next:
             if action.batch in self._parts or action.kind == "update":
-                self._act(action, action in asking, report)
+                self._act(action, action in asking, tally)
         self.tick += 1
         self._past(self._next)
         self._next = next(self._ticks)
@@ -258,7 +257,7 @@ class PipelinedExecutor:
             return False
         return self._turns.take(action, self._next)
 
-    def _act(self, action: Action, asks: bool, report: "_Report") -> None:
+    def _act(self, action: Action, asks: bool, tally: Tally) -> None:
         k, kind, number = action
         assert self._mail is not None
         if not self._mail.lives_here(k):
@@ -283,7 +282,7 @@ class PipelinedExecutor:
         elif kind == "drop":
             late.drop(number)
         else:
-            self._backward(late, number, part, asks, report)
+            self._backward(late, number, part, asks, tally)
         self._end(k, kind, number)
 
     def _end(self, k: int, kind: str, number: int) -> None:
@@ -293,7 +292,7 @@ class PipelinedExecutor:
         if k == len(self._lates) and kind == "backward" and self._quiet(number):
             self._parts.pop(number, None)
 
-    def _backward(self, late: LateStage, number: int, part: _Part, asks: bool, report: "_Report") -> None:
+    def _backward(self, late: LateStage, number: int, part: _Part, asks: bool, tally: Tally) -> None:
         assert self._mail is not None
         mail, k = self._mail, late.stage.index
         before = late.stage.wstep.hold() if self._watched else []
@@ -301,11 +300,11 @@ class PipelinedExecutor:
             assert part.labels is not None
             term, feedback = late.learn_top(number, part.labels, total=part.total, quiet=self._quiet(number))
             weight = 1.0 if part.total is None else self._loss.counted(part.labels) / part.total
-            report.loss(check_finite(term), weight)
+            tally.loss(check_finite(term), weight)
         elif self._quiet(number):
             assert part.ids is not None
             learnt = late.learn_cached(number, part.ids, part.share)
-            report.link(late.link, learnt, part.share)
+            tally.link(late.link, learnt, part.share)
             return
         else:
             gluing = mail.take_feedback(k, number)
@@ -317,7 +316,7 @@ class PipelinedExecutor:
                 assert part.inputs is not None and part.labels is not None  # all blocks live here
                 all_stages = [one.stage for one in self._lates]
                 self._watched[k] = late_alignment(all_stages, k, part.inputs, part.labels, part.total, before)
-            report.link(late.link, learnt, part.share)
+            tally.link(late.link, learnt, part.share)
         if feedback is not None and Action(k - 1, "drop", number) not in self._next:
             mail.send_feedback(k - 1, number, feedback.gluing)
 
@@ -390,35 +389,3 @@ def check_form(stages: Sequence[Stage]) -> None:
     """
     if any(stage.form.name != "exact" for stage in stages):
         raise ValueError("a pipelined schedule is defined for the form 'exact'; expected that, or the schedule 'sync'")
-
-
-class _Report:
-    """Of a step: means over its microbatches."""
-
-    def __init__(self, links: int) -> None:
-        self._loss = [0.0, 0.0]
-        self._links: list[list[tuple[Learnt, float]]] = [[] for _ in range(links)]
-        self.waited = 0.0
-
-    def loss(self, value: float, share: float) -> None:
-        self._loss[0] += value
-        self._loss[1] += share
-
-    def link(self, link: int, learnt: Learnt, share: float) -> None:
-        self._links[link].append((learnt, share))
-
-    def made(self, examples: int, expected: int) -> StepReport:
-        total, share = self._loss
-        links = [LinkReport.of_late(_mean(parts)) for parts in self._links if parts]
-        # while the pipeline fills, the lower links have nothing to report yet
-        complete = links if len(links) == expected else []
-        return StepReport(total / share if share else math.nan, examples, complete, self.waited)
-
-
-def _mean(parts: Sequence[tuple[Learnt, float]]) -> Learnt:
-    """Over microbatches, by their shares."""
-    whole = sum(share for _, share in parts)
-    names = ("age", "drift", "curvature", "limited")
-    means = {name: sum(getattr(one, name) * share for one, share in parts) / whole for name in names}
-    gluing = torch.stack([one.gluing_loss * (share / whole) for one, share in parts]).sum()
-    return replace(parts[-1][0], gluing_loss=gluing, **means)

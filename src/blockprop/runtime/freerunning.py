@@ -11,9 +11,10 @@ from torch import Tensor
 
 from blockprop.cache import GluingCache, Visits
 from blockprop.correction import Correction
-from blockprop.executors.executor import LinkReport, StepReport, check_finite
+from blockprop.executors.executor import StepReport, check_finite
 from blockprop.executors.pipelined import check_form
-from blockprop.latestage import LateStage, Learnt
+from blockprop.executors.tally import Tally
+from blockprop.latestage import LateStage
 from blockprop.probe import Points
 from blockprop.runtime.mail import feedback_message, gluing_of, output_message, output_of
 from blockprop.runtime.message import Message
@@ -104,14 +105,14 @@ class FreeRunningExecutor:
             quiet = not self._visits.due(ids)
         self._fed += 1
         self._ids[number] = ids
-        report = _Report()
+        tally = Tally(int(not late.top))
         limit = self.in_flight * (late.blocks - late.stage.index)
         while not late.top and len(late.flights) >= limit:
-            self._wait(late, report, "feedback")
-        self._attend(late, report)
+            self._wait(late, tally, "feedback")
+        self._attend(late, tally)
         if self.remote.below is not None:
             while (message := self.remote.post.oldest("output")) is None:
-                self._wait(late, report, "output")
+                self._wait(late, tally, "output")
             assert message.number == number, "outputs come in order"
             inputs = output_of(message, late.stage.index, ids)
         assert inputs is not None
@@ -120,7 +121,7 @@ class FreeRunningExecutor:
             assert targets is not None
             self._labels = {n: y for n, y in self._labels.items() if n > number - 8 * late.blocks} | {number: targets}
             term, feedback = late.learn_top(number, targets, quiet=quiet)
-            report.loss = check_finite(term)
+            tally.loss(check_finite(term))
             if feedback is not None and self.remote.below is not None:
                 self.remote.below.send(feedback_message(number, feedback.gluing, late.version))
             late.update()
@@ -130,9 +131,9 @@ class FreeRunningExecutor:
             self.remote.above.send(output_message(number, output, ids, late.version))
             if quiet:
                 assert ids is not None
-                report.learnt(late.learn_cached(number, ids, 1.0))
+                tally.link(late.link, late.learn_cached(number, ids, 1.0))
                 late.update()
-        return report.made(len(known), self.remote.post.waited - waited)
+        return tally.report(len(known), self.remote.post.waited - waited)
 
     def _furnish(self, stages: Sequence[Stage]) -> LateStage:
         if self._late is None:
@@ -144,16 +145,16 @@ class FreeRunningExecutor:
             self._late = LateStage(stage, place.blocks, self.correction, updates=updates, cache=cache)
         return self._late
 
-    def _wait(self, late: LateStage, report: "_Report", kind: str) -> None:
+    def _wait(self, late: LateStage, tally: Tally, kind: str) -> None:
         """Until a message of a kind is there, or a W-step was repeated; attend to everything else meanwhile."""
         if self._left and late.again():
             self._left -= 1
-            self._attend(late, report)
+            self._attend(late, tally)
             return
         self.remote.post.wait(tuple({kind, "feedback", "points", "slopes"}))
-        self._attend(late, report)
+        self._attend(late, tally)
 
-    def _attend(self, late: LateStage, report: "_Report") -> None:
+    def _attend(self, late: LateStage, tally: Tally) -> None:
         """Learn from feedback that is there, and help to measure curvatures."""
         post = self.remote.post
         while (message := post.oldest("points")) is not None:
@@ -168,7 +169,7 @@ class FreeRunningExecutor:
             ids = self._ids[number] if late.cache is not None else None
             gluing = gluing_of(message, late.stage.device)
             learnt = late.learn(number, gluing, 1.0, self._fed, ask=ask, ids=ids)
-            report.learnt(learnt)
+            tally.link(late.link, learnt)
             if learnt.feedback is not None and self.remote.below is not None:
                 self.remote.below.send(feedback_message(number, learnt.feedback.gluing, late.version))
             late.update()
@@ -214,10 +215,10 @@ class FreeRunningExecutor:
 
     def drain(self, stages: Sequence[Stage]) -> StepReport:  # noqa: ARG002
         """Learn from what is still on its way, and take nothing new in."""
-        report = _Report()
+        tally = Tally(1)
         while self._late is not None and self._late.flights:
-            self._wait(self._late, report, "feedback")
-        return report.made(0, 0.0)
+            self._wait(self._late, tally, "feedback")
+        return tally.report()
 
     def close(self) -> None:
         """Part from the neighbours."""
@@ -245,17 +246,3 @@ class FreeRunningExecutor:
             self._visits.counts = state["visits"].clone()
         self.correction.load_state_dict(state["correction"])
         self.remote.post.restore([Message(*message) for message in state["messages"]])
-
-
-class _Report:
-    """Of a step."""
-
-    def __init__(self) -> None:
-        self.loss = float("nan")
-        self._link: LinkReport | None = None
-
-    def learnt(self, learnt: Learnt) -> None:
-        self._link = LinkReport.of_late(learnt)
-
-    def made(self, examples: int, waited: float) -> StepReport:
-        return StepReport(self.loss, examples, [] if self._link is None else [self._link], waited)
