@@ -56,6 +56,11 @@ def children_of(pid):
     return found
 
 
+def environment_of(pid):
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -222,6 +227,7 @@ def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom):
     up(out)
     children = children_of(launcher.pid)
     assert len(children) == 2
+    [temporary] = {environment_of(child)["TMPDIR"] for child in children}
     began = time.monotonic()
     match whom:
         case "ctrl-c":
@@ -235,6 +241,7 @@ def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom):
         time.sleep(0.02)
     assert not any(map(alive, children))
     assert time.monotonic() - began < 5
+    assert not Path(temporary).exists()
     if whom == "ctrl-c":
         assert code == 130
         assert error.splitlines() == ["blockprop: stopped; a run with a checkpoint continues with --resume"]

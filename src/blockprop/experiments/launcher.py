@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def _launch(settings: Settings, out: Path, temporary: str, *, resume: bool, quie
 def _start(
     settings: Settings, out: Path, place: Place, address: tuple[str, int], temporary: str, *, resume: bool
 ) -> subprocess.Popen[bytes]:
-    task = {"settings": settings.as_dict(), "out": str(out), "rank": places(settings).index(place), "resume": resume}
+    rank = places(settings).index(place)
+    task = {"settings": settings.as_dict(), "out": str(out), "rank": rank, "resume": resume, "temporary": temporary}
     threads = str(settings.threads or 1)
     quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # a lost neighbour is said in a line of our own
     environment = {**os.environ, **quiet, "TMPDIR": temporary, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -88,7 +90,7 @@ def _start(
 def child() -> None:
     """The main program of a process that `launch` started: reads its task from standard input."""
     task = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    threading.Thread(target=_end_with_launcher, args=(task["temporary"],), daemon=True).start()
     settings = Settings.of_dict(task["settings"])
     place = places(settings)[task["rank"]]
     host, port = task["address"]
@@ -101,8 +103,9 @@ def child() -> None:
     os._exit(0)
 
 
-def _end_with_launcher() -> None:
+def _end_with_launcher(temporary: str) -> None:
     sys.stdin.read()
+    shutil.rmtree(temporary, ignore_errors=True)  # which a launcher that is gone cannot do
     os._exit(3)
 
 
