@@ -134,12 +134,12 @@ def tell_cached(study: Study, outcomes: Sequence[Outcome]) -> str:
         baseline = next((one for one in members if one.row.label == BACKPROP), None)
         rows = []
         for one in members:
-            behind = None if baseline is None or one is baseline else one.above(baseline, "test_accuracy")
+            gains = [] if baseline is None or one is baseline else one.gains(baseline, "test_accuracy")
             rows.append(
                 [
                     one.row.label,
                     spread(one.values("test_accuracy"), percent),
-                    "" if behind is None else f"{100 * behind:+.2f}",
+                    f"{100 * statistics.fmean(gains):+.2f}" if gains else "",
                     spread(one.values("test_loss"), lambda value: f"{value:.4f}"),
                     str(len(one.summaries)) + (f", {one.diverged} diverged" if one.diverged else ""),
                 ]

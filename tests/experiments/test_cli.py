@@ -31,7 +31,7 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert {
         "algorithm", "data", "model", "blocks", "seed", "epochs", "samples", "seconds", "samples_per_second",
-        "test_loss", "test_accuracy", "gluing_loss", "versions",
+        "test_loss", "test_accuracy", "gluing_loss", "versions", "origin",
     } <= summary.keys()  # fmt: skip
     assert 0 <= summary["test_accuracy"] <= 1
     assert summary["samples"] == 12 * 64

@@ -10,7 +10,8 @@ from blockprop.studies.beyond import beyond
 from blockprop.studies.figure2 import figure2, link_scale
 from blockprop.studies.figure3 import figure3
 from blockprop.studies.gap import gap, pooled_sd
-from blockprop.studies.study import Outcome
+from blockprop.studies.publish import publish
+from blockprop.studies.study import Outcome, run_study
 
 STUDIES = {
     "figure 2": figure2(),
@@ -84,7 +85,9 @@ def outcome(row, accuracies):
     return Outcome(row, 0.1, summaries, {})
 
 
-@pytest.mark.parametrize(("shift", "passed"), [(0.0, True), (0.0099, True), (-0.05, True), (0.0101, False)])
+@pytest.mark.parametrize(
+    ("shift", "passed"), [(0.0, True), (0.0099, True), (-0.0099, True), (0.0101, False), (-0.05, False)]
+)
 def test_the_check_of_the_gap_is_one_pooled_standard_deviation(shift, passed):
     study = gap(seeds=(0, 1, 2))
     study = replace(study, rows=study.rows[:2])
@@ -128,3 +131,46 @@ def test_a_figure_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert main([*command, "--redraw"]) == 2
     assert "other settings" in capsys.readouterr().err
     assert (tmp_path / "f/figure-2.png").exists()
+
+
+def tiny(study, labels, **more):
+    """Rows of a study on digits, a few steps each."""
+    small = {"data": "digits", "model": "mlp", "steps": 4, "epochs": None, "width": 8, "depth": 3}
+    small |= {"train_size": None, "evaluate_every": 2, "log_every": 2} | more
+    rows = [replace(row, settings=replace(row.settings, **small)) for row in study.rows if row.label in labels]
+    return replace(study, rows=tuple(rows), seeds=study.seeds[:2])
+
+
+def test_figure_3_is_drawn_and_told(tmp_path):
+    study = tiny(figure3(seeds=(0, 1)), ("backprop", "exact", "λ = 0.001", "matched, λ = 0.001", "K = 3, λ = 1"))
+    run_study(study, tmp_path, quiet=True)
+    publish(study, tmp_path, "the command")
+    told = (tmp_path / "README.md").read_text()
+    assert told.count("| matched, λ = 0.001 |") == 2
+    assert "K = 2, weight decay" in told and "Unfinished" not in told
+    assert (tmp_path / "figure-3.png").stat().st_size > 10_000
+
+
+def test_the_gap_is_drawn_and_told(tmp_path):
+    labels = ("backprop", "exact", "published")
+    study = tiny(replace(gap(), rows=gap().rows[:5]), labels, validation=0.2, depth=2)
+    run_study(study, tmp_path, quiet=True)
+    publish(study, tmp_path, "the command")
+    told = (tmp_path / "README.md").read_text()
+    assert "in 1 of 1 finished rows." in told
+    # exact has backprop's bits, so that both are tuned to the same end of the search
+    assert told.count("| 0 | 0 of 2 |") == 1
+    assert "3 of them to choose step sizes" not in told and "9 of them to choose step sizes" in told
+    assert (tmp_path / "gap.png").stat().st_size > 10_000
+
+
+def test_past_backprop_is_drawn_and_told(tmp_path):
+    labels = ("backprop", "exact, proximal W-step, μ = 1")
+    study = tiny(beyond(), labels, validation=0.2)
+    run_study(replace(study, rows=study.rows[:3]), tmp_path, quiet=True)
+    publish(study, tmp_path, "the command")
+    told = (tmp_path / "README.md").read_text()
+    assert "**Unfinished**: 3 of 4 rows are there." in told
+    [line] = [line for line in told.splitlines() if line.startswith("| batch 128 | exact")]
+    assert line.count(" ± ") == 2  # accuracy, and gain seed by seed
+    assert (tmp_path / "beyond.png").stat().st_size > 10_000

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blockprop.executors.executor import DivergedError
-from blockprop.experiments.folder import claimed, read_json, settings_of, write_json
+from blockprop.experiments.folder import claimed, origin, read_json, settings_of, versions, write_json
 from blockprop.experiments.run import resume, run
 from blockprop.experiments.settings import Settings
 
@@ -217,7 +217,14 @@ def _one(planned: Planned, *, quiet: bool, lean: bool) -> tuple[dict[str, Any], 
         try:
             summary = _make(settings, folder, quiet=quiet)
         except DivergedError as error:
-            summary = {"algorithm": settings.algorithm, "seed": settings.seed, "diverged": True, "why": str(error)}
+            summary = {
+                "algorithm": settings.algorithm,
+                "seed": settings.seed,
+                "diverged": True,
+                "why": str(error),
+                "versions": versions(),
+                "origin": origin(),
+            }
             write_json(folder / "summary.json", summary)
         seconds = time.perf_counter() - start
     if lean:

@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check_empty", "check_folder", "claimed", "read_json", "settings_of", "versions", "write_json"]
+__all__ = ["check_empty", "check_folder", "claimed", "origin", "read_json", "settings_of", "versions", "write_json"]
 
 
 def check_folder(out: Path) -> None:
@@ -120,3 +121,17 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
     }
+
+
+def origin() -> dict[str, Any]:
+    """Where and when a run was made: processor, its cores, and the day in UTC."""
+    return {"processor": _processor(), "cores": os.cpu_count(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from blockprop import Backprop, BlockProp, OutputLoss, split
 from blockprop.blocks import Blocks
 from blockprop.data import Dataset, load
-from blockprop.experiments.folder import versions
+from blockprop.experiments.folder import origin, versions
 from blockprop.experiments.rates import optimizers_of, schedulers_of, warmup_of
 from blockprop.experiments.settings import Settings
 from blockprop.models import build
@@ -135,4 +135,5 @@ def summary_of(settings: Settings, training: Training) -> dict[str, Any]:
         "gluing_loss": training.last_epoch.get("gluing_loss", []),
         "unstable_steps": training.last_epoch.get("unstable_steps", 0),
         "versions": versions(),
+        "origin": origin(),
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from blockprop.experiments.settings import Settings
 from blockprop.studies.drawing import figure_of, tidy
-from blockprop.studies.publish import markdown_table, mean_gap, percent, spread
+from blockprop.studies.publish import markdown_table, percent, spread
 from blockprop.studies.study import Outcome, Row, Study
 
 __all__ = ["beyond"]
@@ -96,13 +96,16 @@ def _tell(study: Study, outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         if len(outcome.summaries) < len(study.seeds):
             continue
-        ours, theirs = (one.values("test_accuracy") for one in (outcome, by_name[f"{outcome.row.panel}: backprop"]))
-        gain = f"{100 * mean_gap(ours, theirs):+.2f}" if ours and theirs else "-"
+        ours = outcome.values("test_accuracy")
+        gains = outcome.gains(by_name[f"{outcome.row.panel}: backprop"], "test_accuracy")
+        gain = spread(gains, lambda value: f"{100 * value:+.2f}") if outcome.row.label != "backprop" else ""
         diverged = f"{outcome.diverged} of {len(outcome.summaries)}"
-        rows.append([outcome.row.panel, outcome.row.label, f"{outcome.lr:g}", spread(ours, percent), gain, diverged])
+        rate = f"{outcome.lr:g}" + r"\*" * outcome.at_the_end
+        rows.append([outcome.row.panel, outcome.row.label, rate, spread(ours, percent), gain, diverged])
     header = ["", "method", "step size", "test accuracy %", "gain over backprop", "diverged"]
     note = (
-        "Gain: in points, over backprop at the same batch size. What a step costs is measured apart, all rows in turn: "
+        "Gain: in points, seed by seed, over backprop at the same batch size. \\*: the smallest or the largest step "
+        "size that was tried. What a step costs is measured apart, all rows in turn: "
         "`python -m benchmarks.prices`."
     )
     return "\n\n".join([markdown_table(header, rows).strip(), note])

@@ -2,18 +2,11 @@
 
 import csv
 import io
-import os
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-
-import blockprop
 from blockprop.checkpoint import write_atomically
 from blockprop.metrics import read_metrics
 from blockprop.studies.drawing import save
@@ -128,26 +121,31 @@ def _readme(study: Study, outcomes: Sequence[Outcome], command: str, out: Path) 
 
 
 def _made_by(outcomes: Sequence[Outcome], command: str) -> str:
-    trained = {
-        folder: outcome.summaries[seed].get("seconds", 0.0)
+    runs = {
+        folder: summary
         for outcome in outcomes
-        for seed, folder in outcome.folders.items()
+        for folder, summary in [
+            *outcome.tuning.items(),
+            *((folder, outcome.summaries[seed]) for seed, folder in outcome.folders.items()),
+        ]
     }
-    versions = f"blockprop {blockprop.__version__}, torch {torch.__version__}, numpy {numpy.__version__}"
-    lines = [
-        f"    {command}",
-        "",
-        f"{versions}, Python {platform.python_version()}; {_machine()}, {os.cpu_count()} cores, one thread a run; "
-        f"{len(trained)} runs, {sum(trained.values()) / 3600:.1f} hours of training; {datetime.now(UTC):%Y-%m-%d}.",
-    ]
-    return "\n".join(lines)
+    tuning = len({folder for outcome in outcomes for folder in outcome.tuning})
+    hours = sum(summary.get("seconds", 0.0) for summary in runs.values()) / 3600
+    count = f"{len(runs)} runs" + (f", {tuning} of them to choose step sizes" if tuning else "")
+    made = "; ".join(
+        f"{len(dates)} on {where}, {min(dates)}" + (f" to {max(dates)}" if min(dates) < max(dates) else "")
+        for where, dates in _origins(runs.values()).items()
+    )
+    return f"    {command}\n\n{count}; {hours:.1f} hours of training, one thread a run. {made}."
 
 
-def _machine() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def _origins(summaries: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """Machines with their versions, and the dates of their runs."""
+    found: dict[str, list[str]] = {}
+    for summary in summaries:
+        versions, origin = summary.get("versions", {}), summary.get("origin", {})
+        said = ", ".join(f"{name} {versions[name]}" for name in ("blockprop", "python", "torch") if name in versions)
+        machine = f"{origin['processor']}, {origin['cores']} cores" if origin else "a machine that was not recorded"
+        where = machine + (f" ({said})" if said else "")
+        found.setdefault(where, []).append(origin.get("date", "undated"))
+    return found

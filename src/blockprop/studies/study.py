@@ -1,9 +1,8 @@
 """A study as data, and the one runner of all studies."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from blockprop.experiments.comparison import Plan, Planned, folder_name, work_off
@@ -60,27 +59,33 @@ class Outcome:
         lr: the step size that was chosen, or the settings' own; None while it is not known.
         summaries: by seed, of the runs that are finished.
         folders: by seed, of the same runs.
+        tuning: by folder, the summaries of the runs that the step size was chosen by.
     """
 
     row: Row
     lr: float | None
     summaries: dict[int, dict[str, Any]]
     folders: dict[int, Path]
+    tuning: dict[Path, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether the step size is the smallest or the largest that was tried: a better one may lie beyond."""
+        return len(self.row.lrs) > 1 and self.lr in (min(self.row.lrs), max(self.row.lrs))
 
     @property
     def diverged(self) -> int:
         """How many runs diverged."""
         return sum(bool(summary.get("diverged")) for summary in self.summaries.values())
 
-    def above(self, other: "Outcome", key: str) -> float | None:
-        """By how much a figure is above the other's, mean over the seeds that both have; None if there is none."""
+    def gains(self, other: "Outcome", key: str) -> list[float]:
+        """By how much a figure is above the other's, for every seed that both have."""
         pairs = [
             (self.summaries[seed].get(key), other.summaries[seed].get(key))
-            for seed in self.summaries
+            for seed in sorted(self.summaries)
             if seed in other.summaries
         ]
-        gaps = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
-        return fmean(gaps) if gaps else None
+        return [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
 
     def values(self, key: str) -> list[float]:
         """A figure of the summaries, of the runs that have it."""
@@ -235,14 +240,16 @@ def _chosen(row: Row, summaries: Sequence[dict[str, Any]]) -> float:
 
 
 def _outcome(row: Row, folder: Path, seeds: Sequence[int]) -> Outcome:
-    tuning = [_summary(_place(folder, TUNING_SEED, lr)) for lr in row.lrs]
-    finished = [summary for summary in tuning if summary is not None]
-    if len(finished) < len(row.lrs):
-        return Outcome(row, None, {}, {})
-    chosen = _chosen(row, finished) if row.lrs else None
+    places = [_place(folder, TUNING_SEED, lr) for lr in row.lrs]
+    tuning = {place: summary for place in places if (summary := _summary(place)) is not None}
+    if len(tuning) < len(row.lrs):
+        return Outcome(row, None, {}, {}, tuning)
+    chosen = _chosen(row, list(tuning.values())) if row.lrs else None
     folders = {seed: _place(folder, seed, chosen) for seed in seeds}
     summaries = {seed: summary for seed, path in folders.items() if (summary := _summary(path)) is not None}
-    return Outcome(row, chosen or row.settings.resolved().lr, summaries, {seed: folders[seed] for seed in summaries})
+    return Outcome(
+        row, chosen or row.settings.resolved().lr, summaries, {seed: folders[seed] for seed in summaries}, tuning
+    )
 
 
 def _summary(folder: Path) -> dict[str, Any] | None:
