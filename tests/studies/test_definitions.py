@@ -75,7 +75,7 @@ def test_the_gap_has_every_method_on_every_network_with_an_equal_search():
     for panel, rows in of_panel.items():
         methods = {"backprop", "exact", "published", "rescaled"} | ({"Gauss-Newton"} if "MLP" in panel else set())
         assert {row.label for row in rows} == methods
-        assert len({row.lrs for row in rows}) == 1 and len(rows[0].lrs) == 3
+        assert len({row.lrs for row in rows}) == 1 and len(rows[0].lrs) >= 3
         assert len({(row.settings.epochs, row.settings.steps, row.settings.batch_size) for row in rows}) == 1
         assert {len(study.seeds_of(row)) for row in rows} == {5 if "MLP" in panel else 3}
 
@@ -160,13 +160,14 @@ def test_the_gap_is_drawn_and_told(tmp_path):
     assert "in 1 of 1 finished rows." in told
     # exact has backprop's bits, so that both are tuned to the same end of the search
     assert told.count("| 0 | 0 of 2 |") == 1
-    assert "3 of them to choose step sizes" not in told and "9 of them to choose step sizes" in told
+    assert "15 of them to choose step sizes" in told
     assert (tmp_path / "gap.png").stat().st_size > 10_000
 
 
 def test_past_backprop_is_drawn_and_told(tmp_path):
     labels = ("backprop", "exact, proximal W-step, μ = 1")
-    study = tiny(beyond(), labels, validation=0.2)
+    study = tiny(beyond(quick=True), labels, validation=0.2)
+    study = replace(study, seeds=(0, 1))
     run_study(replace(study, rows=study.rows[:3]), tmp_path, quiet=True)
     publish(study, tmp_path, "the command")
     told = (tmp_path / "README.md").read_text()
