@@ -21,11 +21,13 @@ BLOCKPROP = [sys.executable, "-m", "blockprop"]
 SMALL = ["--data", "digits", "--depth", "4", "--width", "16", "--quiet", "--threads", "1"]
 TWO = [*SMALL, "--blocks", "2", "--split-at", "layer3", "--microbatches", "1"]
 PROCESSES = ["--executor", "processes"]
+MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
 
 
-def start(*words, **more):
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **more)
+def start(*words, **variables):
+    environment = {**ENVIRONMENT, **variables}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def ended(process, timeout=120):
@@ -175,7 +177,9 @@ def test_a_resumed_run_goes_on(tmp_path, more):
 
 def test_two_blocks_by_two_replicas(tmp_path):
     one, four = tmp_path / "one", tmp_path / "four"
-    words = ["train", *TWO, "--curvature", "0.3", "--steps", "42", "--batch-size", "60", "--train-size", "1260"]
+    # replicas measure κ, and what feedback is long, each for itself
+    words = ["train", *TWO, "--curvature", "0.3", "--trust", "none", "--steps", "42", "--batch-size", "60"]
+    words += ["--train-size", "1260"]
     assert main([*words, "--schedule", "pipelined", "--out", str(one)]) == 0
     assert main([*words, *PROCESSES, "--replicas", "2", "--out", str(four)]) == 0
     assert main(["assemble", str(four)]) == 0
@@ -220,18 +224,23 @@ def hears_ctrl_c():
 
 
 @pytest.mark.usefixtures("hears_ctrl_c")
-@pytest.mark.parametrize("whom", ["ctrl-c", "block", "launcher"])
-def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom):
+@pytest.mark.parametrize(
+    ("whom", "blocks"), [("ctrl-c", 2), ("ctrl-c", 8), ("terminated", 2), ("block", 2), ("launcher", 2)]
+)
+def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom, blocks):
     out = tmp_path / "run"
-    launcher = start(*BLOCKPROP, "train", *TWO, *PROCESSES, "--steps", "1000000", "--log-every", "5", "--out", out)
+    words = TWO if blocks == 2 else ["--data", "digits", "--depth", str(blocks), "--blocks", str(blocks), "--quiet"]
+    launcher = start(*BLOCKPROP, "train", *words, *PROCESSES, "--steps", "1000000", "--log-every", "5", "--out", out)
     up(out)
     children = children_of(launcher.pid)
-    assert len(children) == 2
+    assert len(children) == blocks
     [temporary] = {environment_of(child)["TMPDIR"] for child in children}
     began = time.monotonic()
     match whom:
         case "ctrl-c":
             launcher.send_signal(signal.SIGINT)
+        case "terminated":
+            launcher.send_signal(signal.SIGTERM)
         case "block":
             os.kill(children[0], signal.SIGKILL)
         case "launcher":
@@ -242,7 +251,7 @@ def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom):
     assert not any(map(alive, children))
     assert time.monotonic() - began < 5
     assert not Path(temporary).exists()
-    if whom == "ctrl-c":
+    if whom in ("ctrl-c", "terminated"):
         assert code == 130
         assert error.splitlines() == ["blockprop: stopped; a run with a checkpoint continues with --resume"]
     if whom == "block":
@@ -299,6 +308,61 @@ def test_a_store_that_does_not_answer(tmp_path, capfd):
     assert "no store answers at 127.0.0.1" in line
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_a_worker_that_waits_for_others_hears_ctrl_c(tmp_path):
+    """And a worker whose neighbours do not come says so, in the time it was given."""
+    words = [*BLOCKPROP, "worker", *TWO, "--block", "1", "--out", str(tmp_path / "run")]
+    patient = start(*words, "--store", f"127.0.0.1:{free_port()}", "--wait", "500")
+    impatient = start(*words, "--store", f"127.0.0.1:{free_port()}", "--wait", "2")
+    code, _, error = ended(impatient)
+    assert code == 3
+    assert "the other end of edge 1-2/0 did not come within 2 seconds" in error
+    assert patient.poll() is None
+    began = time.monotonic()
+    patient.send_signal(signal.SIGINT)
+    code, _, error = ended(patient)
+    assert code == 130
+    assert time.monotonic() - began < 5
+    assert error.splitlines() == ["blockprop: stopped; a run with a checkpoint continues with --resume"]
+
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+import blockprop
+from blockprop.runtime import processes
+
+rank = int(sys.argv[1])
+model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6 - rank, 2))  # blocks whose shapes do not meet
+algo = blockprop.BlockProp(
+    blockprop.split(model, 2, by="layers"),
+    nn.CrossEntropyLoss(),
+    lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    executor=processes(),
+)
+for _ in range(20):
+    algo.step(torch.randn(8, 4), torch.zeros(8, dtype=torch.long), ids=torch.arange(8))
+"""
+
+
+def test_of_a_script_the_one_error_is_said_in_all_processes(tmp_path):
+    """Started by their variables alone: one has the error, the other says where it was."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    began = time.monotonic()
+    scripts = [
+        start(sys.executable, str(tmp_path / "script.py"), str(rank), RANK=str(rank), **variables) for rank in (0, 1)
+    ]
+    (first, _, heard), (second, _, said) = map(ended, scripts)
+    assert (first, second) == (1, 1)
+    assert time.monotonic() - began < 60
+    assert "Traceback" in said and "Traceback" not in heard
+    [line] = heard.splitlines()
+    assert line.startswith("blockprop: block-1 stopped, since block-2 failed: ")
+    assert said.strip().splitlines()[-1] == line.split("failed: ")[1]
+
+
 def test_the_one_error_is_said_once(tmp_path):
     """A step size at which it diverges: the last block sees it, and all end."""
     words = ["train", *TWO, *PROCESSES, "--lr", "1e9", "--warmup", "0", "--steps", "500", "--out", tmp_path / "run"]
@@ -322,6 +386,7 @@ def test_the_one_error_is_said_once(tmp_path):
         (["train", *SMALL, *PROCESSES, "--replicas", "0"], "--replicas is 0"),
         (["train", *SMALL, *PROCESSES, "--replicas", "2", "--schedule", "cached"], "--replicas share a batch anew"),
         (["worker", *SMALL, "--block", "1", "--store", "nowhere"], "expected HOST:PORT"),
+        (["worker", *SMALL, "--block", "1", "--store", "10.0.0.1:29500"], "expected --listen with this machine's"),
         (
             ["worker", *SMALL, "--block", "3", "--store", "127.0.0.1:29500"],
             "--block is 3; expected a number from 1 to 2",
@@ -344,7 +409,7 @@ def test_a_port_in_use(tmp_path, capsys):
 
 
 def test_a_world_of_another_size(tmp_path, capsys, monkeypatch):
-    for key, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "3"}.items():
+    for key, value in {"RANK": "0", "WORLD_SIZE": "3", **MASTER}.items():
         monkeypatch.setenv(key, value)
     assert main(["train", *TWO, *PROCESSES, "--out", str(tmp_path / "run")]) == 2
     assert "torchrun started 3 processes for 2 blocks" in capsys.readouterr().err
@@ -360,6 +425,7 @@ def test_under_torchrun_a_run_resumes_as_what_it_is(tmp_path, monkeypatch):
         return json.loads((out / "summary.json").read_text())
 
     monkeypatch.setattr("blockprop.commands.train.of_torchrun", joins)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", **MASTER}.items():
+        monkeypatch.setenv(key, value)
     assert main(["train", "--resume", "--steps", "6", "--out", str(tmp_path / "run")]) == 0
     assert asked == [("processes", 6, True)]

@@ -14,7 +14,7 @@ from blockprop.experiments.run import checked, resumed, run
 from blockprop.experiments.run import resume as resume_run
 from blockprop.experiments.settings import Settings
 from blockprop.runtime import Place, Rendezvous
-from blockprop.runtime.rendezvous import LOOPBACK, parse_address
+from blockprop.runtime.rendezvous import LOOPBACK, is_loopback, parse_address
 
 __all__ = ["assemble", "train", "worker"]
 
@@ -43,10 +43,9 @@ def train(
         raise ValueError("--resume needs --out, the folder of the run to continue")
     if out is None:
         out = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(settings.data).stem}-{settings.algorithm}"
-    if (
-        "TORCHELASTIC_RUN_ID" in os.environ
-        and (joined := _joined(settings, out, resume=resume)).executor == "processes"
-    ):
+    # torchrun's, or set by whoever starts the processes in its stead
+    started = all(key in os.environ for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    if started and (joined := _joined(settings, out, resume=resume)).executor == "processes":
         _report(of_torchrun(joined, out, resume=resume, quiet=quiet, listen=listen or LOOPBACK), out)
         return
     if listen is not None:
@@ -71,7 +70,9 @@ def worker(
     serve: Annotated[
         bool | None, Parameter(help="Whether the store is served here. Default: by the first block's process.")
     ] = None,
-    wait: Annotated[float, Parameter(help="Seconds to wait for the store to answer.")] = 60.0,
+    wait: Annotated[
+        float, Parameter(help="Seconds to wait for the store, and for each of the other processes.")
+    ] = 60.0,
     resume: Annotated[
         bool, Parameter(help="Continue from the newest checkpoint that all processes have.", negative=())
     ] = False,
@@ -87,12 +88,17 @@ def worker(
         if not low <= value <= high:
             raise ValueError(f"--{name} is {value}; expected a number from {low} to {high}")
     serving = (block, replica) == (1, 0) if serve is None else serve
+    if serving and is_loopback(listen) and not is_loopback(address[0]):
+        raise ValueError(
+            f"--store is at {address[0]}, but would listen on {listen} alone; expected --listen with this machine's "
+            "address"
+        )
     place = Place(block, settings.blocks, replica, settings.replicas)
     summary = join(
         settings,
         out,
         place,
-        lambda: Rendezvous(address, host=serving, listen=listen, timeout=wait),
+        lambda: Rendezvous(address, host=serving, listen=listen, timeout=wait, patience=wait),
         listen=listen,
         resume=resume,
         show=serving and not quiet,

@@ -99,6 +99,14 @@ class Remote(Protocol):
         """Bytes sent so far, to the block above ("up"), the one below ("down") and the replicas ("across")."""
         ...
 
+    def expect(self, messages: int) -> None:
+        """Make room for so many outputs, or pieces of feedback, from one neighbour.
+
+        What else the neighbours say comes behind them, so that the executor's own limit of what is on its way must
+        hold them back, and not a lack of room.
+        """
+        ...
+
     def mail(self, lates: Sequence[LateStage]) -> Mail:
         """The mail of the blocks here."""
         ...

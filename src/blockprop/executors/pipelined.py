@@ -227,7 +227,12 @@ class PipelinedExecutor:
             )
             for stage in stages
         ]
-        self._mail = LocalMail(self._lates) if self.remote is None else self.remote.mail(self._lates)
+        if self.remote is None:
+            self._mail = LocalMail(self._lates)
+            return
+        # more than the first block has on their way, at a tick each, both ways
+        self.remote.expect(2 * blocks * (1 + math.ceil(self.latency.longest)))
+        self._mail = self.remote.mail(self._lates)
 
     def _carry_out(self, tally: Tally) -> None:
         assert self._ticks is not None and self._mail is not None

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from blockprop.experiments.board import Board
-from blockprop.experiments.processes import PATIENCE, join, places
+from blockprop.experiments.processes import join, places
 from blockprop.experiments.settings import Settings
 from blockprop.runtime import LostError, Place, Rendezvous
+from blockprop.runtime.failure import PATIENCE
 from blockprop.runtime.rendezvous import LOOPBACK, free_port
 
 __all__ = ["launch"]
@@ -37,8 +39,22 @@ def launch(settings: Settings, out: Path, *, resume: bool = False, quiet: bool =
     Raises:
         ValueError: the one mistake or failure that ended the run.
     """
-    with TemporaryDirectory(prefix="blockprop-") as temporary:  # of processes that are ended in the middle, too
+    # the folder is for what processes that are ended in the middle leave behind, too
+    with _stopped_in_order(), TemporaryDirectory(prefix="blockprop-") as temporary:
         return _launch(settings, out, temporary, resume=resume, quiet=quiet)
+
+
+@contextlib.contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    """Being asked to end is as Ctrl-C is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _launch(settings: Settings, out: Path, temporary: str, *, resume: bool, quiet: bool) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -42,16 +41,14 @@ from blockprop.experiments.settings import Settings
 from blockprop.metrics import Metrics
 from blockprop.partial import build_block, tensor_bytes
 from blockprop.runtime import FreeRunningExecutor, LostError, Neighbours, Place, Rendezvous
+from blockprop.runtime.failure import PATIENCE, watch, why_lost
 from blockprop.runtime.rendezvous import LOOPBACK
 from blockprop.training import Training
 
-__all__ = ["PATIENCE", "assembled", "join", "of_torchrun", "places"]
+__all__ = ["assembled", "join", "of_torchrun", "places"]
 
 _OWN = {"data_dir", "devices", "threads", "cache", "log_every"}
 """Settings that a process may have for itself."""
-
-PATIENCE = 3.0
-"""Seconds that processes have to end by themselves once the run has failed or was stopped."""
 
 
 def places(settings: Settings) -> list[Place]:
@@ -97,8 +94,8 @@ def join(
     """
     rendezvous = connect()
     block = _Block(settings, out, place, listen)
-    watch = threading.Thread(target=_watch, args=(rendezvous.again(), block, loud), daemon=True)
-    watch.start()
+    watching = threading.Thread(target=_watch, args=(rendezvous.again(), block, loud), daemon=True)
+    watching.start()
     try:
         with _shown(rendezvous.again(), settings) if show else contextlib.nullcontext():
             summary = block.train(rendezvous, resume=resume)
@@ -107,38 +104,27 @@ def join(
             rendezvous.wait(f"left/{one.name}", 60)
         return summary
     except LostError as error:
-        # whoever failed says so; give the word time to come here
-        deadline = time.monotonic() + PATIENCE
-        while (failure := _failure(rendezvous)) is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if failure is None:
-            rendezvous.fail(place.name, f"a neighbour's process is gone without a word ({error}): killed, or no memory")
-            failure = _failure(rendezvous) or {"where": "store", "why": str(error)}
-        raise LostError(f"stopped, since {failure['where']} failed: {failure['why']}") from error
+        raise LostError(why_lost(rendezvous, place, error)) from error
     except (ValueError, OSError) as error:
         rendezvous.fail(place.name, f"{first_line(error)}")
         raise
+    except KeyboardInterrupt:
+        rendezvous.fail(place.name, "it was stopped")
+        raise
     except BaseException as error:
-        rendezvous.fail(place.name, f"{type(error).__name__}: {first_line(error)}\n{traceback.format_exc()}")
+        path = block.folder / "error.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        rendezvous.fail(place.name, f"{type(error).__name__}: {first_line(error)} (all of it is in {path})")
         raise
     finally:
-        watch.join(1.0)
-
-
-def _failure(rendezvous: Rendezvous) -> dict[str, str] | None:
-    try:
-        return rendezvous.failure()
-    except Exception:
-        return {"where": "store", "why": "the process that serves the store is gone"}
+        watching.join(1.0)
 
 
 def _watch(rendezvous: Rendezvous, block: "_Block", loud: bool) -> None:
     """Let what waits know when the run has failed elsewhere; end a process that does not hear of it."""
-    while (failure := _failure(rendezvous)) is None:
-        if block.finished.wait(0.25):
-            return
-    block.lose("the run failed")
-    if not block.finished.wait(PATIENCE):
+    failure = watch(rendezvous, block.finished, block.lose)
+    if failure is not None and not block.finished.wait(PATIENCE):
         if loud:
             print(f"blockprop: stopped, since {failure['where']} failed: {failure['why']}", file=sys.stderr, flush=True)
         os._exit(3)
@@ -210,7 +196,7 @@ class _Block:
         ours = {key: value for key, value in self.settings.as_dict().items() if key not in _OWN}
         if self.place.block == 1 and self.place.replica == 0:
             rendezvous.write("settings", ours)
-        theirs = rendezvous.wait("settings", 60)
+        theirs = rendezvous.wait("settings")
         for key in ours.keys() | theirs.keys():
             if ours.get(key) != theirs.get(key):
                 raise ValueError(
@@ -225,7 +211,7 @@ class _Block:
         rendezvous.write(f"steps/{self.place.name}", list(steps))
         common = set(steps)
         for place in places(self.settings):
-            common &= set(rendezvous.wait(f"steps/{place.name}", 60))
+            common &= set(rendezvous.wait(f"steps/{place.name}"))
         if not common:
             raise ValueError(f"{self.out} holds no checkpoint that all blocks have; start the run anew")
         for step, path in steps.items():
@@ -262,9 +248,7 @@ class _Block:
                 raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from error
         # dropout masks of their own for every block and replica
         torch.manual_seed(settings.seed * 1_000_003 + place.block * 1009 + place.replica)
-        self._neighbours = neighbours = Neighbours(
-            place, rendezvous, listen=self.listen, precision=settings.messages, capacity=16 * place.blocks + 64
-        )
+        self._neighbours = neighbours = Neighbours(place, rendezvous, listen=self.listen, precision=settings.messages)
         executor = executor_of(settings, len(dataset.train), neighbours)
         algo = trainer_of(settings, blocks, dataset, executor=executor)
         assert isinstance(algo, BlockProp)
@@ -284,7 +268,8 @@ class _Block:
         training = training_of(settings, algo, dataset, on_step)
         root = self.out if place.top and place.replica == 0 else self.folder
         training.metrics = Metrics(root / "metrics.jsonl", self.out / "tensorboard" / place.name)
-        training.checkpoints = Checkpoints(self.folder / "checkpoints")
+        # neighbours meet twice at each, so that two blocks further one may be another behind: all have one in common
+        training.checkpoints = Checkpoints(self.folder / "checkpoints", keep=1 + place.blocks // 2)
         if state is not None:
             training.resume(state)
         write_json(self.out / "config.json", config_of(settings, training))

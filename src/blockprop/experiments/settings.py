@@ -1,6 +1,7 @@
 """The settings of a run: each declared once, for the command line, for Python, and for `config.json`."""
 
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -292,7 +293,9 @@ class Settings:
     epochs: Annotated[int | None, _option(_RUN, "Passes over the training data. Default: by the data.")] = None
     steps: Annotated[int | None, _option(_RUN, "Steps to train, instead of epochs.")] = None
     seed: Annotated[int, _option(_RUN, "Seed of the weights, the order of the data, augmentation and dropout.")] = 0
-    threads: Annotated[int | None, _option(_RUN, "Threads of each operation. Default: all cores.")] = None
+    threads: Annotated[
+        int | None, _option(_RUN, "Threads of each operation. Default: all cores, shared among the processes.")
+    ] = None
     log_every: Annotated[int, _option(_RUN, "Steps between rows of training metrics.")] = 50
     evaluate_every: Annotated[int | None, _option(_RUN, "Steps between validations. Default: once an epoch.")] = None
     evaluate_on: Annotated[
@@ -366,9 +369,10 @@ class Settings:
         return [3 + min(1.0, delay(self.K, k, self.parts or 1, self.latency)) for k in range(1, self.K + 1)]
 
     def _threads(self) -> int:
-        """All cores, shared among the processes."""
+        """All cores, shared among the processes of this machine, as far as it is known how many there are."""
         processes = self.K * self.replicas if self.executor == "processes" else 1
-        return max(1, torch.get_num_threads() // processes)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # torchrun says it
+        return max(1, torch.get_num_threads() // min(here, processes))
 
     def unused(self) -> dict[str, str]:
         """Settings that were changed but have no effect beside the others, and for each a line that says why."""

@@ -41,7 +41,7 @@ class Post:
     """
 
     def __init__(self, capacity: int = 64) -> None:
-        self._capacity = capacity
+        self.capacity = capacity
         self._messages: dict[tuple[str, int], tuple[str, Message]] = {}
         self._held: dict[str, int] = {}
         self._lost: str | None = None
@@ -51,7 +51,7 @@ class Post:
     def put(self, edge: str, message: Message) -> None:
         """From a receiver's thread; waits while the edge has as many messages here as may be."""
         with self.arrived:
-            self.arrived.wait_for(lambda: self._lost or self._held.get(edge, 0) < self._capacity)
+            self.arrived.wait_for(lambda: self._lost or self._held.get(edge, 0) < self.capacity)
             self._messages[message.kind, message.number] = edge, message
             self._held[edge] = self._held.get(edge, 0) + 1
             self.arrived.notify_all()

@@ -57,6 +57,7 @@ class FreeRunningExecutor:
             raise ValueError(f"repeats is {repeats}; expected a whole number of W-steps, at least 0")
         self.remote = remote
         self.in_flight = in_flight
+        remote.expect(in_flight * remote.blocks)  # the first block has no more on their way
         self.repeats = repeats
         self._left = 0  # of the repeats on the latest batch
         self.correction = correction or Correction()

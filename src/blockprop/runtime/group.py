@@ -20,7 +20,7 @@ class LostError(RuntimeError):
 
 
 def gloo(rendezvous: Rendezvous, name: str, rank: int, size: int, *, listen: str, timeout: float) -> Any:
-    """The group of that name; waits for the other ranks.
+    """The group of that name; waits for the other ranks, as long as the rendezvous has patience.
 
     Args:
         rendezvous: where the ranks find each other.
@@ -33,6 +33,13 @@ def gloo(rendezvous: Rendezvous, name: str, rank: int, size: int, *, listen: str
     Raises:
         LostError: the others do not come, or the address cannot be used.
     """
+    # said and waited for here, since the constructor waits where nothing can interrupt it
+    rendezvous.write(f"here/{name}/{rank}", True)
+    try:
+        for other in range(size):
+            rendezvous.wait(f"here/{name}/{other}")
+    except ValueError as error:
+        raise LostError(f"the other end of {name} did not come within {rendezvous.patience:g} seconds") from error
     try:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=listen)]

@@ -1,10 +1,17 @@
 """The executor of a process that torchrun started: a script's own way into a run with a process for every block."""
 
+import atexit
 import os
+import sys
+import threading
+from types import TracebackType
 from typing import Any, Literal
 
+from blockprop.errors import first_line
 from blockprop.executors import Executor, PipelinedExecutor
+from blockprop.runtime.failure import watch, why_lost
 from blockprop.runtime.freerunning import FreeRunningExecutor
+from blockprop.runtime.group import LostError
 from blockprop.runtime.message import Precision
 from blockprop.runtime.neighbours import Neighbours
 from blockprop.runtime.rendezvous import LOOPBACK, Place, Rendezvous
@@ -49,7 +56,33 @@ def processes(
             "replicas update at the same time, which free-running ones do not; expected policy='lock-step'"
         )
     place = Place.of_rank(rank, world // replicas, replicas)
-    remote = Neighbours(place, Rendezvous.of_torchrun(), listen=listen, precision=messages)
+    rendezvous = Rendezvous.of_torchrun()
+    _say_what_ends_it(rendezvous, place)
+    remote = Neighbours(place, rendezvous, listen=listen, precision=messages)
+    finished = threading.Event()
+    watching = threading.Thread(target=watch, args=(rendezvous.again(), finished, remote.post.lose), daemon=True)
+    watching.start()
+    atexit.register(watching.join, 1.0)
+    atexit.register(finished.set)  # before the other: the latest is called first
     if policy == "free-running":
         return FreeRunningExecutor(remote, **more)
     return PipelinedExecutor(remote=remote, **more)
+
+
+def _say_what_ends_it(rendezvous: Rendezvous, place: Place) -> None:
+    """Let an exception that ends this script end the others, which say in one line what and where it was."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, LostError):
+            print(f"blockprop: {place.name} {why_lost(rendezvous, place, error)}", file=sys.stderr)
+        else:
+            stopped = issubclass(kind, KeyboardInterrupt)
+            rendezvous.fail(place.name, "it was stopped" if stopped else f"{kind.__name__}: {first_line(error)}")
+            before(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not hasattr(sys, "ps1"):  # not at a prompt: threads that wait for a neighbour would abort the interpreter
+            os._exit(1)
+
+    sys.excepthook = hook

@@ -27,7 +27,6 @@ class Neighbours:
         rendezvous: where the processes find each other.
         listen: this process's address for connections; default this machine alone.
         precision: of outputs and feedback on their way.
-        capacity: messages of one edge that may lie here before its sender has to wait; default 64.
 
     Raises:
         LostError: a neighbour does not come.
@@ -40,10 +39,9 @@ class Neighbours:
         *,
         listen: str = LOOPBACK,
         precision: Precision = "float32",
-        capacity: int = 64,
     ) -> None:
         self.place = place
-        self.post = Post(capacity)
+        self.post = Post()
         self.own = Replicas(place, rendezvous, listen=listen) if place.replicas > 1 else None
         self._counter = itertools.count()
 
@@ -99,6 +97,10 @@ class Neighbours:
     def mail(self, lates: Sequence[LateStage]) -> Mail:
         """See [`Remote`][blockprop.executors.mail.Remote]."""
         return RemoteMail(self.place, self.post, self.below, self.above, lates[self.place.block - 1], self.snapshot)
+
+    def expect(self, messages: int) -> None:
+        """See `Remote`."""
+        self.post.capacity = max(self.post.capacity, messages + 64)
 
     @torch.no_grad()
     def predict(self, blocks: Sequence[nn.Module], inputs: Tensor | None) -> Tensor | None:

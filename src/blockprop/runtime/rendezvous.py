@@ -5,6 +5,7 @@ on this machine alone unless told otherwise.
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 
 from blockprop.errors import first_line
 
-__all__ = ["Place", "Rendezvous", "free_port", "parse_address"]
+__all__ = ["Place", "Rendezvous", "free_port", "is_loopback", "parse_address"]
 
 LOOPBACK = "127.0.0.1"
 
@@ -73,6 +74,15 @@ def parse_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is of this machine alone; False for a name that cannot be resolved."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
+
+
 def _await(address: tuple[str, int], timeout: float) -> None:
     """Return when something listens there; torch's client, as long as nothing does, prints the stack of each failure.
 
@@ -92,6 +102,11 @@ def _await(address: tuple[str, int], timeout: float) -> None:
             return
 
 
+def _own_address(listen: str) -> str:
+    """How this process reaches a port that it listens on itself, whatever others call this machine."""
+    return {"0.0.0.0": LOOPBACK, "::": "::1"}.get(listen, listen)
+
+
 def free_port(listen: str = LOOPBACK) -> int:
     """A port that nothing listens on now."""
     with socket.socket() as probe:
@@ -108,6 +123,7 @@ class Rendezvous:
         listen: the address that the store listens on, if it is served here; default this machine alone.
         prefix: of all its keys; runs after each other at one store have different ones.
         timeout: seconds to wait for the store to answer, default 60.
+        patience: seconds to wait for other processes, default 600.
 
     Raises:
         ValueError: the port is in use, or no store answers.
@@ -121,7 +137,9 @@ class Rendezvous:
         listen: str = LOOPBACK,
         prefix: str = "blockprop",
         timeout: float = 60.0,
+        patience: float = 600.0,
     ) -> None:
+        self.patience = patience
         try:
             if host:
                 server = socket.socket(socket.AF_INET6 if ":" in listen else socket.AF_INET)
@@ -136,7 +154,7 @@ class Rendezvous:
                     ) from error
                 # the store alone would listen on all of the machine's addresses
                 self._tcp = TCPStore(
-                    address[0],
+                    _own_address(listen),
                     address[1],
                     is_master=True,
                     wait_for_workers=False,
@@ -173,6 +191,7 @@ class Rendezvous:
         """Another connection to the same store, for another thread: a call that waits holds up its connection."""
         other = object.__new__(Rendezvous)
         other._tcp, other._prefix = self._tcp.clone(), self._prefix  # type: ignore[attr-defined]
+        other.patience = self.patience
         other.store = PrefixStore(self._prefix, other._tcp)
         return other
 
@@ -184,17 +203,26 @@ class Rendezvous:
         """The JSON value under a key; None if there is none."""
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
-    def wait(self, key: str, timeout: float) -> Any:
-        """The JSON value under a key, once it is there.
+    def wait(self, key: str, timeout: float | None = None) -> Any:
+        """The JSON value under a key, once it is there. It can be interrupted.
+
+        Args:
+            key: of the value.
+            timeout: seconds, default `patience`.
 
         Raises:
-            ValueError: it does not come in time.
+            ValueError: it does not come in time, or the store is gone.
         """
+        timeout = self.patience if timeout is None else timeout
+        deadline = time.monotonic() + timeout
         try:
-            self.store.wait([key], timedelta(seconds=timeout))
+            while (value := self.read(key)) is None:
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{key!r} did not come within {timeout:g} seconds")
+                time.sleep(0.02)
         except (DistError, RuntimeError) as error:
-            raise ValueError(f"{key!r} did not come within {timeout:g} seconds") from error
-        return json.loads(self.store.get(key))
+            raise ValueError(f"{key!r} did not come: the store does not answer ({first_line(error)})") from error
+        return value
 
     def fail(self, where: str, why: str) -> None:
         """Say what went wrong, unless another process has said so before."""
