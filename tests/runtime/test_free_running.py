@@ -1,11 +1,12 @@
 """Free-running blocks: all is learnt, in order, within the bound."""
 
 import copy
+import threading
 import time
 
 import pytest
 import torch
-from meeting import alone, apart, numbered
+from meeting import alone, apart, numbered, together
 from torch import nn
 
 import blockprop
@@ -14,7 +15,7 @@ from blockprop.correction import Correction
 from blockprop.curvature import Constant, Secant
 from blockprop.executors import PipelinedExecutor
 from blockprop.latestage import LateStage
-from blockprop.runtime import FreeRunningExecutor
+from blockprop.runtime import FreeRunningExecutor, Neighbours, Place
 from conftest import batch, flat, mlp, sgd
 
 EXAMPLES = 24
@@ -194,3 +195,26 @@ def test_repeated_w_steps_do_not_use_up_the_step_size_schedule():
         late.update()
         assert late.again() and late.again()
     assert algo.wsteps[1].lr == pytest.approx(0.07)
+
+
+def test_there_is_room_for_all_that_may_be_on_its_way():
+    """What is shared at an evaluation comes behind all the feedback, of which none is taken before."""
+    ahead = threading.Event()
+    batches = data(90, 2)
+
+    def work(rank, rendezvous):
+        neighbours = Neighbours(Place.of_rank(rank, 2), rendezvous)
+        blocks = blockprop.split(model(), 2)
+        executor = FreeRunningExecutor(neighbours, in_flight=90)
+        algo = blockprop.BlockProp(blocks, nn.CrossEntropyLoss(), sgd(0.1), executor=executor)
+        if rank == 1:
+            assert ahead.wait(30)
+        for x, y, ids in batches:
+            algo.step(x if rank == 0 else None, y if rank == 1 else None, ids)
+        ahead.set()
+        told = neighbours.share(rank)
+        algo.finish()
+        algo.close()
+        return told
+
+    assert together(2, work) == [1, 1]
