@@ -18,7 +18,7 @@ from blockprop.curvature import Constant, PerExample, Secant
 from blockprop.executors import PipelinedExecutor
 from blockprop.objective import TargetTerm
 from blockprop.proximal import proximal_sgd
-from blockprop.schedules import Action, Latency, sequential
+from blockprop.schedules import Action, Latency, parallel, pipelined, sequential
 from conftest import batch, flat, mlp, sgd
 
 CE = nn.CrossEntropyLoss()
@@ -55,6 +55,25 @@ def test_without_delay_every_feedback_is_the_exact_form(curvature, along):
     assert [report.loss for report in reports] == [report.loss for report in expected]
     assert all([link.age for link in report.links] == [5, 3] for report in reports)
     assert all(link.drift == 0 for report in reports for link in report.links)
+
+
+@pytest.mark.parametrize(
+    "corrections",
+    [
+        {"reuse": True},
+        {"reuse": True, "compensation": 0.5},
+        {"prediction": 1.0},
+        {"curvature": PerExample(Secant(2)), "along": True, "across": PerExample(Secant(2))},
+        {"curvature": Constant(0.3), "trust": 0.0},
+        {"curvature": Constant(0.3), "trust": math.inf},
+    ],
+    ids="-".join,
+)
+def test_without_delay_every_correction_leaves_the_exact_form(corrections):
+    _, reports, weights = trained(PipelinedExecutor(sequential, **corrections))
+    _, expected, reference = trained("local")
+    assert torch.equal(weights, reference)
+    assert [report.loss for report in reports] == [report.loss for report in expected]
 
 
 def test_one_block_is_backprop():
@@ -188,6 +207,49 @@ def test_a_batch_smaller_than_its_parts():
         algo.step(*batch(n))
     algo.finish()
     assert [wstep.calls for wstep in algo.wsteps] == [4, 4]
+
+
+def test_inputs_are_as_old_as_their_way_was_long():
+    _, reports, _ = trained(PipelinedExecutor())
+    assert [link.input_age for link in reports[-1].links] == [1, 1]
+    latency = Latency(3, seed=5, chances=(0, 0, 0, 1))
+    algo = trainer(PipelinedExecutor(latency=latency))
+    found = [algo.step(x, y) for x, y in data() * 2]
+    assert [link.input_age for link in found[-1].links] == [4, 4]
+    assert len(algo.executor._forwards) <= 3 * 16  # of what is on its way alone
+
+
+def test_with_stashed_weights_nobody_knows_the_drift():
+    _, reports, _ = trained(PipelinedExecutor(reuse=True))
+    assert all(math.isnan(link.drift) and link.age for link in reports[-1].links)
+
+
+def test_of_another_schedule_a_block_is_moved_on_by_the_updates_it_will_make():
+    """Prediction with the default schedule, given as one of the user's own."""
+    _, _, weights = trained(PipelinedExecutor(pipelined, prediction=1.0))
+    _, _, expected = trained(PipelinedExecutor(prediction=1.0))
+    assert torch.equal(weights, expected)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: PipelinedExecutor(parallel), "expected CachedExecutor"),
+        (lambda: PipelinedExecutor(pipelined, latency=Latency(2)), "has its own latency"),
+        (lambda: PipelinedExecutor(cache=lambda: GluingCache(8), along=False), "expected along=True"),
+        (lambda: PipelinedExecutor(cache=lambda: GluingCache(8), correction=Correction()), "expected along=True"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(made, message):
+    with pytest.raises(ValueError, match=message):
+        made()
+
+
+@pytest.mark.parametrize("values", [[0.1], [], [0.1, 0.2, 0.3]])
+def test_a_curvature_for_another_number_of_links_is_refused_before_training(values):
+    algo = trainer(PipelinedExecutor(curvature=Constant(values)))
+    with pytest.raises(ValueError, match=f"curvature has {len(values)} values for 2 links"):
+        algo.step(*batch(8))
 
 
 def test_reports_of_age_drift_and_curvature():
@@ -352,7 +414,10 @@ def test_a_short_last_batch_is_cut_into_parts_of_the_same_size():
     assert [wstep.calls for wstep in algo.wsteps] == [3, 3]
 
 
-@pytest.mark.parametrize("settings", [{}, {"microbatches": 2, "latency": Latency(3, 0.1, 4)}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"microbatches": 2, "latency": Latency(3, 0.1, 4)}, {"prediction": 0.5}, {"reuse": True, "compensation": 0.1}],
+)
 def test_a_resumed_pipeline_is_the_uninterrupted_one(tmp_path, settings):
     _, _, expected = trained(PipelinedExecutor(curvature=Secant(3), **settings))
 
@@ -373,6 +438,38 @@ def test_a_resumed_pipeline_is_the_uninterrupted_one(tmp_path, settings):
         second.step(x, y)
     second.finish()
     assert torch.equal(flat(second.blocks.model.parameters()), expected)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("after", [4, 7])
+def test_a_resumed_pipeline_has_what_was_cached(tmp_path, reuse, after):
+    """In the first epoch, of which all feedback comes; and in the second, of which none does."""
+    x, y = batch(24)
+
+    def made():
+        torch.manual_seed(1)
+        cache = lambda: GluingCache(24, dtype=torch.float64)  # noqa: E731
+        return trainer(PipelinedExecutor(curvature=Secant(3), cache=cache, refresh=3, reuse=reuse), 3, mlp(depth=4))
+
+    def steps(algo, some):
+        for first in some:
+            ids = torch.arange(first, first + 8)
+            algo.step(x[ids], y[ids], ids)
+
+    visits = [0, 8, 16] * 4
+    whole, first, second = made(), made(), made()
+    steps(whole, visits)
+    whole.finish()
+    steps(first, visits[:after])
+    state = {"model": dict(first.blocks.model.state_dict()), "algo": first.state_dict()}
+    save_state(tmp_path / "state", state)
+    state = load_state(tmp_path / "state")
+    second.blocks.model.load_state_dict(state["model"])
+    second.load_state_dict(state["algo"])
+    steps(second, visits[after:])
+    second.finish()
+    ours, theirs = (flat(algo.blocks.model.parameters()) for algo in (second, whole))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("K", [2, 3])

@@ -1,6 +1,8 @@
 """Schedules are data: literal lists, and properties of every schedule."""
 
 import itertools
+import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -203,6 +205,9 @@ def test_the_drawing_has_a_row_a_block():
         (lambda: next(parallel(-1)), "blocks is -1"),
         (lambda: next(pipelined(2, microbatches=0)), "microbatches is 0"),
         (lambda: Latency(-1), "longest delay is -1"),
+        (lambda: Latency(2, chances=(1, 1)), "chances of the delays are 1, 1; expected 3 numbers"),
+        (lambda: Latency(1, chances=(0, 0)), "not all of them 0"),
+        (lambda: Latency(1, chances=(1, -1)), "of at least 0"),
         (lambda: Latency(lost=1.0), "share of lost messages is 1.0"),
         (lambda: Latency(lost=0.1, copies=0), "copies of the feedback are 0"),
     ],
@@ -210,3 +215,39 @@ def test_the_drawing_has_a_row_a_block():
 def test_bad_arguments(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+def test_delays_that_are_certain_are_those_of_a_schedule_by_hand():
+    """Every message takes two ticks: the second block is a tick later, the first has four on their way."""
+    ticks = first(pipelined(2, latency=Latency(1, chances=(0, 1))), 6)
+    assert ticks == [
+        (Action(1, "forward", 0),),
+        (Action(1, "forward", 1),),
+        (Action(1, "forward", 2), Action(2, "forward", 0), Action(2, "backward", 0), Action(2, "update", 0)),
+        (Action(1, "forward", 3), Action(2, "forward", 1), Action(2, "backward", 1), Action(2, "update", 1)),
+        (
+            Action(1, "backward", 0),
+            Action(1, "update", 0),
+            Action(1, "forward", 4),
+            Action(2, "forward", 2),
+            Action(2, "backward", 2),
+            Action(2, "update", 2),
+        ),
+        (
+            Action(1, "backward", 1),
+            Action(1, "update", 1),
+            Action(1, "forward", 5),
+            Action(2, "forward", 3),
+            Action(2, "backward", 3),
+            Action(2, "update", 3),
+        ),
+    ]
+
+
+def test_delays_are_drawn_by_their_chances():
+    latency, source = Latency(4, chances=(6, 0, 1, 0, 3)), random.Random(0)
+    drawn = Counter(latency.drawn(source) for _ in range(5000))
+    assert set(drawn) == {0, 2, 4}
+    assert [drawn[delay] / 5000 for delay in (0, 2, 4)] == pytest.approx([0.6, 0.1, 0.3], abs=0.02)
+    assert latency.mean == pytest.approx(0.2 + 1.2)
+    assert Latency(4).mean == 2

@@ -32,7 +32,7 @@ class Correction:
         reuse: take the gradient on the graph of the forward pass and at the weights that it had (weight stashing), for
             three passes instead of four. Nothing has moved there, so that the feedback is the delayed gradient.
         prediction: at which weights a block forwards: its present ones moved on by so many of the updates that it will
-            make until the feedback is back, along the running mean of its updates; default 0, between 0 and 1.
+            make until the feedback is back, along the running mean of its updates; default 0; 1 is all of them.
         compensation: λ of DC-ASGD (Zheng et al. 2017), which adds λ g² (w_now - w_forward) to the stashed gradient g,
             entry by entry; default 0. Needs `reuse`. With microbatches or accumulated batches g is the part that each
             adds to the gradient.

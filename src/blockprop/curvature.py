@@ -80,7 +80,15 @@ class Constant:
         return float(self.values[link] if isinstance(self.values, Sequence) else self.values)
 
     def wants(self, link: int, links: int, tick: int) -> bool:  # noqa: ARG002
-        """Never."""
+        """Never.
+
+        Raises:
+            ValueError: there are not as many values as links.
+        """
+        if isinstance(self.values, Sequence) and len(self.values) != links:
+            raise ValueError(
+                f"curvature has {len(self.values)} values for {links} links; expected one, or one per link"
+            )
         return False
 
     def measure(self, link: int, way: Tensor, change: Tensor, slope: Tensor) -> None:

@@ -8,6 +8,7 @@ One late stage serves the simulation of a pipeline in one process and the runtim
 whoever runs it moves the messages.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,9 +40,10 @@ class Learnt:
         feedback: for the block below; None for the first block, or where none is due.
         gluing_loss: ‖h* - b_old(h)‖² per example, mean over the batch: a scalar tensor.
         age: ticks since the forward pass, or visits since the entries of the cache were made.
-        drift: ‖b_now(h) - b_old(h)‖² per example, mean over the batch.
+        drift: ‖b_now(h) - b_old(h)‖² per example, mean over the batch; NaN where b_now was not evaluated.
         curvature: κ of the target; mean over the batch, where every example has its own.
         limited: share of the examples whose correction was longer than is trusted.
+        input_age: ticks that the output was on its way to the block above; NaN where it is not known here.
         cached: whether the feedback came from the cache.
     """
 
@@ -51,6 +53,7 @@ class Learnt:
     drift: float
     curvature: float = 0.0
     limited: float = 0.0
+    input_age: float = math.nan
     cached: bool = False
 
 
@@ -210,7 +213,7 @@ class LateStage:
             feedback,
             gluing.squared_sum / len(new),
             age=tick - sent,
-            drift=_drift(new, old),
+            drift=math.nan if correction.reuse and version != self.version else _drift(new, old),
             curvature=averaged(kappa),
             limited=target.limited(new),
         )
@@ -242,6 +245,7 @@ class LateStage:
         kappa = self.correction.curvature.at(self.link, direction)
         target = TargetTerm(anchor, slope.direction, slope.count, kappa, along=True)
         self.stage.add_gradient(evaluation, target)
+        self._latest = evaluation, target
         age = float(self.cache.visits(ids)[0].float().mean())
         return Learnt(None, slope.squared_sum / len(output), age, _drift(output, anchor), averaged(kappa), cached=True)
 

@@ -11,6 +11,7 @@ the blocks are objects in one process or processes of their own.
 """
 
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -88,12 +89,14 @@ class Latency:
     """How long messages take, in ticks beyond the one that every message takes, and how many are lost.
 
     Args:
-        longest: L ≥ 0, default 0; the extra delay of every message is drawn evenly from 0, ..., L.
+        longest: L ≥ 0, default 0; the extra delay of every message is drawn from 0, ..., L.
         lost: share of the feedback messages that never arrive, in [0, 1), default 0. The blocks below the loss
             do not learn from that batch.
         seed: of both draws, default 0.
         copies: how often feedback is sent, default 1: with a message of its own, and again with each of the
             `copies` - 1 messages that follow on its link. It is lost if all of them are.
+        chances: of the extra delays 0, ..., L, as numbers in proportion to them, such as (9, 0, 0, 1) for a link
+            on which every tenth message straggles by three ticks; default: all alike.
 
     Raises:
         ValueError: a value out of its range.
@@ -103,6 +106,22 @@ class Latency:
     lost: float = 0.0
     seed: int = 0
     copies: int = 1
+    chances: tuple[float, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """The extra delay of a message on average."""
+        if not self.chances:
+            return self.longest / 2
+        return sum(delay * chance for delay, chance in enumerate(self.chances)) / sum(self.chances)
+
+    def drawn(self, source: random.Random) -> int:
+        """The extra delay of a message."""
+        if not self.longest:
+            return 0
+        if not self.chances:
+            return source.randint(0, self.longest)
+        return source.choices(range(self.longest + 1), self.chances)[0]
 
     def __post_init__(self) -> None:
         if isinstance(self.longest, bool) or not isinstance(self.longest, int) or self.longest < 0:
@@ -111,6 +130,15 @@ class Latency:
             raise ValueError(f"share of lost messages is {self.lost}; expected a number in [0, 1)")
         if isinstance(self.copies, bool) or not isinstance(self.copies, int) or self.copies < 1:
             raise ValueError(f"copies of the feedback are {self.copies}; expected a whole number of at least 1")
+        if self.chances and (
+            len(self.chances) != self.longest + 1
+            or not all(0 <= chance < math.inf for chance in self.chances)
+            or not sum(self.chances) > 0
+        ):
+            raise ValueError(
+                f"chances of the delays are {', '.join(f'{chance:g}' for chance in self.chances)}; expected "
+                f"{self.longest + 1} numbers of at least 0, for 0 to {self.longest} ticks, not all of them 0"
+            )
 
 
 class _Inbox:
@@ -194,12 +222,12 @@ def pipelined(
     sent = [_Outbox(latency, draw_from) for _ in range(blocks + 1)]
     behind: list[int | None] = [None] * (blocks + 1)  # what a block forwarded in its last tick
     on_way: set[int] = set()  # what the first block has forwarded and not yet learnt from
-    bound = max(1, round(2 * (blocks - 1) * (1 + latency.longest / 2)))
+    bound = max(1, round(2 * (blocks - 1) * (1 + latency.mean)))
     fed = 0
     due = [0] * (blocks + 1)  # microbatches since a block's last update, those included that it lost
 
     def arrival(now: int) -> int:
-        return now + 1 + (draw_from.randint(0, latency.longest) if latency.longest else 0)
+        return now + 1 + latency.drawn(draw_from)
 
     for now in itertools.count():
         actions: list[Action] = []
@@ -246,7 +274,7 @@ def pipelined(
         yield tuple(actions)
 
 
-def delay(blocks: int, k: int, microbatches: int = 1, latency: int = 0) -> float:
+def delay(blocks: int, k: int, microbatches: int = 1, latency: float = 0) -> float:
     """How many updates block k makes between its forward and its backward, in the lock-step pipeline once it is full.
 
     Below 1 it is the share of the microbatches that an update comes between; there is none for the others.
@@ -255,12 +283,12 @@ def delay(blocks: int, k: int, microbatches: int = 1, latency: int = 0) -> float
         blocks: K.
         k: the block, from 1.
         microbatches: M.
-        latency: L, of which a message takes half on average; what waits for a turn takes longer.
+        latency: ticks that a message takes longer on average; what waits for a turn takes longer.
 
-    >>> [delay(4, k) for k in (1, 2, 3, 4)], delay(2, 1, microbatches=2), delay(4, 1, latency=2)
+    >>> [delay(4, k) for k in (1, 2, 3, 4)], delay(2, 1, microbatches=2), delay(4, 1, latency=1)
     ([5.0, 3.0, 1.0, 0.0], 0.5, 11.0)
     """
-    return max(0, 2 * (blocks - k) * (1 + latency / 2) - 1) / microbatches
+    return max(0, 2 * (blocks - k) * (1 + latency) - 1) / microbatches
 
 
 def delays(ticks: Iterator[Tick], blocks: int, count: int) -> list[list[int]]:

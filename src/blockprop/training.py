@@ -71,7 +71,7 @@ def lives_here(block: nn.Module) -> bool:
     return not any(parameter.is_meta for parameter in block.parameters())
 
 
-_STALENESS = ("age", "drift", "curvature", "limited")
+_STALENESS = ("age", "drift", "curvature", "limited", "input_age")
 
 
 @dataclass
@@ -88,6 +88,8 @@ class Means:
     drift: list[float] = field(default_factory=list)
     curvature: list[float] = field(default_factory=list)
     limited: list[float] = field(default_factory=list)
+    input_age: list[float] = field(default_factory=list)
+    unknown: dict[str, list[int]] = field(default_factory=dict)
     waited: float = 0.0
 
     def add(self, report: StepReport) -> None:
@@ -104,8 +106,12 @@ class Means:
             return
         self.gluing = _added(self.gluing, report.gluing_loss, report.examples)
         for name in _STALENESS:
-            values = [getattr(link, name) for link in report.links]
-            setattr(self, name, _added(getattr(self, name), values, report.examples))
+            found = [float(getattr(link, name)) for link in report.links]
+            known = [0.0 if math.isnan(value) else value for value in found]
+            setattr(self, name, _added(getattr(self, name), known, report.examples))
+            missing = [report.examples * math.isnan(value) for value in found]
+            before = self.unknown.get(name, [0] * len(found))
+            self.unknown[name] = [a + b for a, b in zip(before, missing, strict=True)]
 
     def values(self) -> dict[str, Any]:
         """The means, ready for the metrics."""
@@ -117,8 +123,17 @@ class Means:
             "unstable_steps": self.unstable,
         }
         if any(self.age):
-            values |= {name: [value / linked for value in getattr(self, name)] for name in _STALENESS}
+            values |= {name: self._of_links(name, linked) for name in _STALENESS}
         return values
+
+    def _of_links(self, name: str, linked: int) -> list[float]:
+        """Means over the examples of which it is known."""
+        totals: list[float] = getattr(self, name)
+        unknown = self.unknown.get(name, [0] * len(totals))
+        return [
+            total / (linked - missing) if linked > missing else math.nan
+            for total, missing in zip(totals, unknown, strict=True)
+        ]
 
 
 def _added(sums: list[float], values: list[float], examples: int) -> list[float]:

@@ -20,6 +20,10 @@ def schedule(
     blocks: Annotated[int, Parameter(help="K, the number of blocks.")] = 4,
     microbatches: Annotated[int, Parameter(help="Parts of a batch in the pipeline.")] = 1,
     latency: Annotated[int, Parameter(help="Every message takes up to so many ticks longer.")] = 0,
+    latency_chances: Annotated[
+        tuple[float, ...],
+        Parameter(help="How likely delays of 0, 1, ... up to --latency ticks are.", consume_multiple=True),
+    ] = (),
     lost: Annotated[float, Parameter(help="Share of the feedback messages that are lost.")] = 0.0,
     copies: Annotated[int, Parameter(help="How often feedback is sent, with the messages that follow.")] = 1,
     seed: Annotated[int, Parameter(help="Of the random latency and losses.")] = 0,
@@ -29,14 +33,17 @@ def schedule(
     """Show who does what when, and how late the feedback is."""
     if ticks < 1:
         raise ValueError(f"--ticks is {ticks}; expected a whole number of at least 1")
-    if kind != "pipelined" and (microbatches, latency, lost, copies) != (1, 0, 0.0, 1):
-        raise ValueError("--microbatches, --latency, --lost and --copies are of the pipelined schedule: leave them out")
+    if kind != "pipelined" and (microbatches, latency, latency_chances, lost, copies) != (1, 0, (), 0.0, 1):
+        raise ValueError(
+            "--microbatches, --latency, --latency-chances, --lost and --copies are of the pipelined schedule: leave "
+            "them out"
+        )
     if copies != 1 and not lost:
         raise ValueError("--copies has no effect without --lost: leave it out")
 
     def made() -> Iterator[schedules.Tick]:
         if kind == "pipelined":
-            delay = schedules.Latency(latency, lost, seed, copies)
+            delay = schedules.Latency(latency, lost, seed, copies, latency_chances)
             return schedules.pipelined(blocks, microbatches=microbatches, latency=delay)
         return schedules.sequential(blocks) if kind == "sequential" else schedules.parallel(blocks)
 

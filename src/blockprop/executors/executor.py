@@ -31,9 +31,12 @@ class LinkReport:
         age: how old the feedback was when the block below learnt from it: ticks of the pipeline, visits of the
             example in the cache; 0 where nothing is late.
         drift: the mean of ‖b_now(h) - b_old(h)‖² per example: how far that block had moved its output since.
+            NaN with stashed weights, at which alone it is evaluated.
         curvature: κ of the target that the feedback was made into; 0 where nothing is late.
         limited: share of the examples whose correction was longer than is trusted
             ([`Correction`][blockprop.correction.Correction]).
+        input_age: how old the input of the block above was when it was evaluated: ticks since the block below made it,
+            1 in a lock-step pipeline without latency; 0 where nothing is late, NaN where it is not known.
     """
 
     gluing_loss: Tensor
@@ -45,6 +48,7 @@ class LinkReport:
     drift: float = 0.0
     curvature: float = 0.0
     limited: float = 0.0
+    input_age: float = 0.0
 
     @classmethod
     def of_late(cls, learnt: Learnt) -> "LinkReport":
@@ -59,6 +63,7 @@ class LinkReport:
             drift=learnt.drift,
             curvature=learnt.curvature,
             limited=learnt.limited,
+            input_age=learnt.input_age,
         )
 
     @classmethod

@@ -8,7 +8,7 @@ neighbours (`blockprop.runtime`). The numbers are the same.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,10 +22,10 @@ from blockprop.executors.tally import Tally
 from blockprop.executors.turns import Turns
 from blockprop.latestage import LateStage
 from blockprop.losses import OutputLoss
-from blockprop.schedules import Action, Latency, Tick, delay, parallel, pipelined, sequential
+from blockprop.schedules import Action, Latency, Tick, delay, delays, parallel, pipelined, sequential
 from blockprop.stage import Stage
 
-__all__ = ["PipelinedExecutor", "check_form"]
+__all__ = ["PipelinedExecutor", "check_cached", "check_form"]
 
 
 @dataclass
@@ -79,14 +79,24 @@ class PipelinedExecutor:
             raise ValueError(f"correction and {min(corrections)} are both given; expected one of the two")
         if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
             raise ValueError(f"microbatches is {microbatches}; expected a whole number of at least 1")
-        if microbatches > 1 and schedule in (sequential, parallel):
+        if microbatches > 1 and schedule is sequential:
             raise ValueError(
                 f"microbatches is {microbatches}, and the schedule updates after each; expected 1 with it, or "
                 "accumulate in the W-steps"
             )
         if schedule is not None and cache is not None:
             raise ValueError("a cache decides which batches have feedback; expected no schedule with it")
+        if schedule is parallel:
+            raise ValueError(
+                "in the schedule 'parallel' blocks learn from what is cached; expected CachedExecutor for it"
+            )
+        if schedule is not None and latency != Latency():
+            raise ValueError("a schedule has its own latency; expected none beside it")
+        if cache is not None and correction is None:
+            corrections.setdefault("along", True)
         self.correction = correction or Correction(**corrections)
+        check_cached(self.correction, cache)
+        self._given = schedule is not None
         self.microbatches, self.latency = microbatches, latency
         self.schedule = schedule or (
             lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency, quiet=self._quiet)
@@ -106,6 +116,7 @@ class PipelinedExecutor:
         self._parts: dict[int, _Part | None] = {}  # on their way; None for one that has no examples
         self._largest = 0  # examples of a batch, so far
         self._turns = Turns()
+        self._forwards: dict[tuple[int, int], int] = {}  # by block and microbatch: when, of those on their way
 
     def step(
         self,
@@ -206,9 +217,16 @@ class PipelinedExecutor:
             self._furnish(stages)
             self._ticks = self.schedule(len(stages))
             self._taken = 0
-            for tick in itertools.islice(self._ticks, self.tick):
-                self._past(tick)
+            for now, tick in enumerate(itertools.islice(self._ticks, self.tick)):
+                self._past(tick, now)
             self._next = next(self._ticks)
+
+    def _updates(self, blocks: int, k: int) -> float:
+        """That block k will make until feedback is back; of a schedule that was given, as it has shown by then."""
+        if not self._given:
+            return delay(blocks, k, self.microbatches, self.latency.mean)
+        found = delays(self.schedule(blocks), blocks, 8 * blocks)[k - 1]
+        return sum(found[len(found) // 2 :]) / max(1, len(found) - len(found) // 2)
 
     def _furnish(self, stages: Sequence[Stage]) -> None:
         if self._lates:
@@ -221,7 +239,7 @@ class PipelinedExecutor:
                 stage,
                 blocks,
                 self.correction,
-                updates=delay(blocks, stage.index, self.microbatches, self.latency.longest),
+                updates=self._updates(blocks, stage.index),
                 parts=self.microbatches,
                 cache=self.cache() if self.cache is not None and stage.index < blocks else None,
             )
@@ -247,13 +265,24 @@ class PipelinedExecutor:
         for action in self._next:
             if action.batch in self._parts or action.kind == "update":
                 self._act(action, action in asking, tally)
+        self._past(self._next, self.tick)
         self.tick += 1
-        self._past(self._next)
         self._next = next(self._ticks)
 
-    def _past(self, tick: Tick) -> None:
+    def _past(self, tick: Tick, now: int) -> None:
         self._taken += sum(kind == "forward" and k == 1 for k, kind, _ in tick)
         self._turns.past(tick)
+        for k, kind, number in tick:
+            if kind == "forward":
+                self._forwards[k, number] = now
+            elif kind != "update" and k == (len(self._lates) if self._quiet(number) else 1):  # the last to see it
+                for block in range(1, len(self._lates) + 1):
+                    self._forwards.pop((block, number), None)
+
+    def _input_age(self, k: int, number: int) -> float:
+        """Of the input that block k + 1 had from block k."""
+        made, used = (self._forwards.get((block, number), math.nan) for block in (k, k + 1))
+        return used - made
 
     def _takes_turn(self, action: Action) -> bool:
         """Whether a block measures the curvature above it with this action."""
@@ -316,6 +345,7 @@ class PipelinedExecutor:
             ask = (lambda points: mail.ask(k, points, part.labels)) if asks else None
             ids = None if late.cache is None else part.ids
             learnt = late.learn(number, gluing, part.share, self.tick, ask=ask, ids=ids)
+            learnt = replace(learnt, input_age=self._input_age(k, number))
             feedback = learnt.feedback
             if self._watched.get(k, ()) is None:
                 assert part.inputs is not None and part.labels is not None  # all blocks live here
@@ -384,6 +414,16 @@ class PipelinedExecutor:
         if state["mail"] is not None:
             assert self._mail is not None
             self._mail.load_state_dict(state["mail"])
+
+
+def check_cached(correction: Correction, cache: object) -> None:
+    """Refuse a curvature for cached feedback that is not measured as feedback in the cache measures it.
+
+    Raises:
+        ValueError: there is a cache, and κ is of all directions.
+    """
+    if cache is not None and not correction.along:
+        raise ValueError("the κ of cached feedback is along its slope; expected along=True in the correction")
 
 
 def check_form(stages: Sequence[Stage]) -> None:

@@ -48,7 +48,7 @@ class Tally:
 
 def _mean(parts: Sequence[tuple[Learnt, float]]) -> Learnt:
     whole = sum(share for _, share in parts)
-    names = ("age", "drift", "curvature", "limited")
+    names = ("age", "drift", "curvature", "limited", "input_age")
     means = {name: sum(getattr(one, name) * share for one, share in parts) / whole for name in names}
     gluing = torch.stack([one.gluing_loss * (share / whole) for one, share in parts]).sum()
     return replace(parts[-1][0], gluing_loss=gluing, **means)

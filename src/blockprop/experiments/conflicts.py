@@ -30,6 +30,7 @@ _PIPELINE_ONLY = (
     "trust",
     "microbatches",
     "latency",
+    "latency_chances",
     "lost",
     "copies",
     "prediction",
@@ -37,7 +38,7 @@ _PIPELINE_ONLY = (
     "delay_annealing",
 )
 _PROCESSES_ONLY = ("policy", "in_flight", "repeats", "messages", "replicas")
-_LOCK_STEP_ONLY = ("microbatches", "latency", "lost", "copies")
+_LOCK_STEP_ONLY = ("microbatches", "latency", "latency_chances", "lost", "copies")
 
 
 def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a table in words
@@ -66,6 +67,8 @@ def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a
                 found["executor"] = "threads is of --schedule sync"
         if not settings.lost:
             found.setdefault("copies", "is of --lost")
+        if not settings.latency:
+            found.setdefault("latency_chances", "is of --latency")
         if settings.h_solver != "momentum":
             found["h_momentum"] = f"is of --h-solver momentum, not of {settings.h_solver}"
         if settings.h_solver == "gauss-newton":
@@ -76,6 +79,8 @@ def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a
         found |= dict.fromkeys(("recompute", "replay", "residual", "diagnose_every"), "is of one process")
         if settings.policy == "free-running":
             found |= dict.fromkeys(_LOCK_STEP_ONLY, "is of --policy lock-step")
+            if schedule == "cached" or settings.feedback == "stashed":
+                found["repeats"] = "is of targets at present weights, not of --feedback stashed or --schedule cached"
         else:
             found |= dict.fromkeys(("in_flight", "repeats"), "is of --policy free-running")
     return found

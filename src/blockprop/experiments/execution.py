@@ -13,7 +13,7 @@ from blockprop.curvature import Constant, Curvature, PerExample, Secant
 from blockprop.executors import CachedExecutor, Executor, PipelinedExecutor, ReplayedExecutor
 from blockprop.experiments.settings import Settings
 from blockprop.runtime import FreeRunningExecutor, Neighbours
-from blockprop.schedules import Latency, sequential
+from blockprop.schedules import sequential
 
 __all__ = ["executor_of"]
 
@@ -56,7 +56,7 @@ def _in_processes(settings: Settings, examples: int, remote: Neighbours) -> Exec
 
 
 def _pipeline(settings: Settings, **more: Any) -> PipelinedExecutor:
-    latency = Latency(settings.latency, settings.lost, settings.seed, settings.copies)
+    latency = settings.messages_late
     parts = settings.parts
     return PipelinedExecutor(
         microbatches=1 if parts is None else parts, latency=latency, correction=_correction(settings), **more

@@ -17,7 +17,7 @@ from blockprop.forms import FormName, form_named
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, HSolver
 from blockprop.models.catalogue import sizes
 from blockprop.penalties import Huber, Penalty, Squared
-from blockprop.schedules import delay
+from blockprop.schedules import Latency, delay
 from blockprop.split import SplitBy
 
 __all__ = ["Settings"]
@@ -211,6 +211,14 @@ class Settings:
         ),
     ] = None
     latency: Annotated[int, _option(_SCHEDULE, "Every message takes up to so many ticks longer, drawn at random.")] = 0
+    latency_chances: Annotated[
+        tuple[float, ...],
+        _option(
+            _SCHEDULE,
+            "How likely delays of 0, 1, ... up to --latency ticks are. Default: all alike.",
+            consume_multiple=True,
+        ),
+    ] = ()
     lost: Annotated[float, _option(_SCHEDULE, "Share of the feedback messages that are lost.")] = 0.0
     copies: Annotated[
         int,
@@ -366,7 +374,7 @@ class Settings:
         """Passes over a batch that each block makes in a process of its own; None where all make three."""
         if self.executor != "processes" or self.who_does_what != "pipelined" or self.feedback == "stashed":
             return None
-        return [3 + min(1.0, delay(self.K, k, self.parts or 1, self.latency)) for k in range(1, self.K + 1)]
+        return [3 + min(1.0, delay(self.K, k, self.parts or 1, self.messages_late.mean)) for k in range(1, self.K + 1)]
 
     def _threads(self) -> int:
         """All cores, shared among the processes of this machine, as far as it is known how many there are."""
@@ -393,7 +401,7 @@ class Settings:
         recorded = under_todays_names(recorded)
         check_types(recorded, get_type_hints(cls))
         values = {key: recorded.get(key, default) for key, default in asdict(cls()).items()}
-        for key in ("penalty", "split_at", "block_lr", "devices"):
+        for key in ("penalty", "split_at", "block_lr", "devices", "latency_chances"):
             values[key] = tuple(values[key])
         values["data_dir"] = None if values["data_dir"] is None else Path(values["data_dir"])
         return cls(**values)
@@ -426,9 +434,14 @@ class Settings:
         """M, microbatches of a batch, chosen if need be; None where there are none."""
         if self.who_does_what != "pipelined" or self.microbatches is not None or self.policy == "free-running":
             return self.microbatches
-        ticks = math.ceil(2 * (self.K - 1) * (1 + self.latency / 2))
+        ticks = math.ceil(2 * (self.K - 1) * (1 + self.messages_late.mean))
         least = 1 if self.text else 4  # a window of text is as many predictions as it has characters
         return max(1, min(ticks, self.batch_size // least))
+
+    @property
+    def messages_late(self) -> Latency:
+        """What the schedule counts on."""
+        return Latency(self.latency, self.lost, self.seed, self.copies, self.latency_chances)
 
     @property
     def text(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from blockprop.cache import GluingCache, Visits
 from blockprop.correction import Correction
 from blockprop.executors.executor import StepReport, check_finite
-from blockprop.executors.pipelined import check_form
+from blockprop.executors.pipelined import check_cached, check_form
 from blockprop.executors.tally import Tally
 from blockprop.latestage import LateStage
 from blockprop.probe import Points
@@ -60,7 +60,8 @@ class FreeRunningExecutor:
         remote.expect(in_flight * remote.blocks)  # the first block has no more on their way
         self.repeats = repeats
         self._left = 0  # of the repeats on the latest batch
-        self.correction = correction or Correction()
+        self.correction = correction or Correction(along=cache is not None)
+        check_cached(self.correction, cache)
         self.cache = cache
         self._known = None if cache is None else cache()  # holds no entries: what examples there are
         self._visits = None if self._known is None else Visits(self._known.examples, refresh)
