@@ -77,7 +77,9 @@ def tell(study: Study, outcomes: Sequence[Outcome], task: Task) -> str:
             continue
         level = statistics.fmean(levels)
         theirs = statistics.fmean(steps_to(baseline, level))
-        header = ["", "step size", "validation loss", "behind", "validation accuracy %", "examples to Q", "seeds"]
+        last = "test loss" if members[0].row.by_loss else "test accuracy %"
+        header = ["", "step size", "validation loss", "behind", "validation accuracy %", "examples to Q"]
+        header += [f"{last}, at the end", "seeds"]
         parts += [
             f"## {panel}",
             f"Q = {level:.4f}",
@@ -102,6 +104,9 @@ def _cells(
             "" if one is baseline or not losses else f"{statistics.fmean(losses) - reference:+.4f}",
             spread(quality(one, task, "accuracy"), lambda value: f"{100 * value:.2f}"),
             examples if reached else "> 2",
+            spread(one.values("test_loss"), lambda value: f"{value:.4f}")
+            if one.row.by_loss
+            else spread(one.values("test_accuracy"), percent),
             str(len(one.summaries)) + (f", {one.diverged} diverged" if one.diverged else ""),
         ]
 
