@@ -4,6 +4,8 @@ A few outputs go up through the blocks (`carried`), the loss has its slopes at t
 again (`pulled`). Nothing of it leaves a trace in a block: not in its weights, its buffers, or the random numbers.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -70,6 +72,7 @@ class Probe:
         copies = {name: buffer.clone() for name, buffer in block.named_buffers()}
         inputs = inputs.to(self._stage.device)
         random = torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else [])
-        with random, autocast(inputs.device, self._stage.precision):
+        unseen = getattr(self._stage.wstep.optimizer, "paused", contextlib.nullcontext)  # by one that looks at inputs
+        with unseen(), random, autocast(inputs.device, self._stage.precision):
             output: Tensor = functional_call(block, copies, (kept(block, inputs),))
         return output.to(torch.promote_types(output.dtype, torch.float32))

@@ -11,7 +11,8 @@ inverted every few updates, and all that an update pays is one product with the 
 and gradients, and nothing from another block.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -64,13 +65,28 @@ class ProximalSGD(torch.optim.SGD):
         self.param_groups[0]["updates"] = 0
         self.layers = list(layers)
         self.damping, self.every, self.decay = damping, every, decay
+        self._paused = False
         for layer in self.layers:
             layer.register_forward_pre_hook(self._see)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take no note of inputs meanwhile: they are not what the layers learn from."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def _see(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         """Note the inputs of the first forward pass before an update that inverts; checkpoints keep the note."""
         state = self.state[layer.weight]  # type: ignore[index]
-        if layer.training and "seen" not in state and self.param_groups[0]["updates"] % self.every == 0:
+        if (
+            layer.training
+            and not self._paused
+            and "seen" not in state
+            and self.param_groups[0]["updates"] % self.every == 0
+        ):
             inputs = arguments[0].detach().flatten(0, -2).float()
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
             state["seen"] = inputs.T @ inputs / len(inputs)
