@@ -535,12 +535,12 @@ def test_a_measurement_leaves_no_trace(proximal):
             return 0.0
 
     def weights(curvature):
-        blocks = blockprop.split(network(), 3)
+        blocks = blockprop.split(network().float(), 3)
         optimizer = [proximal_sgd(block, 0.1) for block in blocks] if proximal else sgd(0.1)
         algo = blockprop.BlockProp(blocks, CE, optimizer, executor=PipelinedExecutor(curvature=curvature))
         torch.manual_seed(3)
         for x, y in data():
-            algo.step(x, y)
+            algo.step(x.float(), y)
         algo.finish()
         return flat(blocks.model.parameters())
 
