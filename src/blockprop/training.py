@@ -1,7 +1,9 @@
 """The training loop: epochs or steps, evaluation, metrics, checkpoints, and a resume that continues bit for bit."""
 
+import contextlib
 import math
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -353,13 +355,22 @@ class Training:
             "epoch_means": vars(self.epoch_means),
             "last_epoch": self.last_epoch,
             "steps_per_epoch": self.steps_per_epoch,
+            "data": self._fingerprint(),
         }
+
+    def _fingerprint(self) -> int | None:
+        """Of up to 256 training examples from beginning to end; None where this process holds nothing of them."""
+        ids = torch.linspace(0, len(self.dataset.train) - 1, min(256, len(self.dataset.train))).long()
+        for read in (self.dataset.train.batch_targets, self.dataset.train.batch_inputs):
+            with contextlib.suppress(ValueError):  # dropped: another process has them
+                return zlib.crc32(read(ids).contiguous().numpy().tobytes())
+        return None
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from a state.
 
         Raises:
-            ValueError: it is of another model, another cut, or another amount of data, or beyond this run's end.
+            ValueError: it is of another model, another cut, or other data, or beyond this run's end.
         """
         missing = {"model", "algorithm", "random", "position"} - state.keys()
         if missing:
@@ -368,6 +379,11 @@ class Training:
             raise ValueError(
                 f"the checkpoint is of a run with {state['steps_per_epoch']} steps an epoch, this one has "
                 f"{self.steps_per_epoch}; expected the same data and batch size"
+            )
+        if state.get("data") not in (None, self._fingerprint()):
+            raise ValueError(
+                f"the training data of {self.dataset.name} are not those that the run began with; expected the "
+                "same, or a new run"
             )
         if state["position"]["step"] > self.total_steps:
             raise ValueError(

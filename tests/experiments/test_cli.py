@@ -398,3 +398,17 @@ def test_damaged_runs_are_refused_and_left_alone(tmp_path, capsys, where):
     printed = capsys.readouterr().err.strip()
     assert printed.startswith("blockprop: error: ") and "\n" not in printed
     assert files(tmp_path / "run") == before
+
+
+def test_a_text_that_was_edited_is_not_what_the_run_began_with(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    words = ["--data", str(text), "--model", "gpt", "--width", "16", "--depth", "2", "--context", "16", "--quiet"]
+    words += ["--steps", "4", "--checkpoint-every", "2", "--threads", "1"]
+    assert main(["train", *words, "--out", str(tmp_path / "run")]) == 0
+    text.write_text("a" + text.read_text()[:-1])  # as long, with the same characters
+    capsys.readouterr()
+    assert main(["train", "--resume", "--steps", "6", "--quiet", "--out", str(tmp_path / "run")]) == 2
+    assert "are not those that the run began with" in capsys.readouterr().err
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    assert main(["train", "--resume", "--steps", "6", "--quiet", "--out", str(tmp_path / "run")]) == 0
