@@ -1,6 +1,7 @@
 """Reports: what is put together, under which label, and that long labels fit."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -32,6 +33,13 @@ def test_a_default_an_explicit_value_and_an_old_null_are_one_group(tmp_path):
     finished(tmp_path / "c", seed=2, recorded=NULLS)
     finished(tmp_path / "d", seed=0, width=16)
     assert labels(tmp_path) == {"blockprop exact width=300": 3, "blockprop exact width=16": 1}
+
+
+def test_a_copy_of_a_run_is_no_further_seed(tmp_path):
+    shutil.copytree(finished(tmp_path / "a", seed=0), tmp_path / "copy of a")
+    finished(tmp_path / "b", seed=0, summary={"samples_per_second": 99.0})  # made again
+    finished(tmp_path / "c", seed=1)
+    assert labels(tmp_path) == {"blockprop exact": 3}
 
 
 def test_a_label_names_what_was_set_and_has_a_value(tmp_path):

@@ -1,5 +1,6 @@
 """Tables and plots of finished runs, from their folders alone."""
 
+import json
 import math
 import statistics
 import textwrap
@@ -60,7 +61,7 @@ class Group:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """All finished runs in or under the folders.
+    """All finished runs in or under the folders; of a run and its copies, with the same figures to the second, one.
 
     Raises:
         ValueError: a folder does not exist, or there is no finished run.
@@ -69,7 +70,8 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}; expected the --out of a run or of a comparison")
     paths = sorted({path for folder in folders for path in folder.rglob("summary.json")})
-    runs = [Run(path.parent, settings_of(path.parent), read_json(path)) for path in paths]
+    found = (Run(path.parent, settings_of(path.parent), read_json(path)) for path in paths)
+    runs = list({json.dumps([run.config, run.summary], sort_keys=True): run for run in found}.values())
     if not runs:
         raise ValueError(f"no finished run under {', '.join(map(str, folders))}; expected a folder with summary.json")
     return runs
