@@ -229,6 +229,8 @@ def test_of_another_schedule_a_block_is_moved_on_by_the_updates_it_will_make():
     _, _, weights = trained(PipelinedExecutor(pipelined, prediction=1.0))
     _, _, expected = trained(PipelinedExecutor(prediction=1.0))
     assert torch.equal(weights, expected)
+    slow = PipelinedExecutor(lambda blocks: pipelined(blocks, latency=Latency(8, chances=(0,) * 8 + (1,))))
+    assert [slow._updates(4, k) for k in (1, 2, 3, 4)] == [53, 35, 17, 0]
 
 
 @pytest.mark.parametrize(

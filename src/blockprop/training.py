@@ -94,6 +94,18 @@ class Means:
     unknown: dict[str, list[int]] = field(default_factory=dict)
     waited: float = 0.0
 
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> "Means":
+        """As they were; what an older checkpoint has not is unknown of its examples."""
+        made = cls(**saved)
+        linked = made.examples - made.unlinked
+        for name in _STALENESS:
+            if name not in saved and linked:
+                links = [0.0] * len(made.gluing)
+                setattr(made, name, links)
+                made.unknown[name] = [linked for _ in links]
+        return made
+
     def add(self, report: StepReport) -> None:
         """Count a step in."""
         self.examples += report.examples
@@ -359,11 +371,12 @@ class Training:
         }
 
     def _fingerprint(self) -> int | None:
-        """Of up to 256 training examples from beginning to end; None where this process holds nothing of them."""
-        ids = torch.linspace(0, len(self.dataset.train) - 1, min(256, len(self.dataset.train))).long()
-        for read in (self.dataset.train.batch_targets, self.dataset.train.batch_inputs):
-            with contextlib.suppress(ValueError):  # dropped: another process has them
-                return zlib.crc32(read(ids).contiguous().numpy().tobytes())
+        """Of the labels of up to 256 training examples from beginning to end; None where this process holds none."""
+        count = len(self.dataset.train)
+        ids = torch.arange(min(256, count)) * (count - 1) // max(1, min(256, count) - 1)
+        with contextlib.suppress(ValueError):  # dropped: another process has them
+            labels = self.dataset.train.batch_targets(ids).cpu().contiguous()
+            return zlib.crc32(labels.view(torch.uint8).numpy().tobytes())
         return None
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -382,8 +395,8 @@ class Training:
             )
         if state.get("data") not in (None, self._fingerprint()):
             raise ValueError(
-                f"the training data of {self.dataset.name} are not those that the run began with; expected the "
-                "same, or a new run"
+                f"the training data of {self.dataset.name} are not those that the run began with: other labels, or in "
+                "another order; expected the same, or a new run"
             )
         if state["position"]["step"] > self.total_steps:
             raise ValueError(
@@ -407,7 +420,7 @@ class Training:
         self.step, self.samples, self.seconds = (state["position"][key] for key in ("step", "samples", "seconds"))
         self.waited = state["position"].get("waited", 0.0)  # not there in older checkpoints
         self.begun = self.step, self.seconds, self.waited
-        self.window, self.epoch_means = Means(**state["window"]), Means(**state["epoch_means"])
+        self.window, self.epoch_means = (Means.restored(state[name]) for name in ("window", "epoch_means"))
         self.last_epoch = state["last_epoch"]
         self._logged = self.seconds
         if self.metrics:

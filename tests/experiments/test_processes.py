@@ -333,34 +333,72 @@ from torch import nn
 import blockprop
 from blockprop.runtime import processes
 
-rank = int(sys.argv[1])
-model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6 - rank, 2))  # blocks whose shapes do not meet
+rank, failing = int(sys.argv[1]), int(sys.argv[2])
+model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6 - (rank == failing == 1), 2))  # blocks whose shapes do not meet
 algo = blockprop.BlockProp(
     blockprop.split(model, 2, by="layers"),
     nn.CrossEntropyLoss(),
     lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     executor=processes(),
 )
-for _ in range(20):
+for step in range(20):
+    if step == 10 and rank == failing == 0:
+        raise ValueError("the data are at their end")
     algo.step(torch.randn(8, 4), torch.zeros(8, dtype=torch.long), ids=torch.arange(8))
 """
 
 
-def test_of_a_script_the_one_error_is_said_in_all_processes(tmp_path):
-    """Started by their variables alone: one has the error, the other says where it was."""
+@pytest.mark.parametrize("failing", [0, 1])
+def test_of_a_script_the_one_error_is_said_in_all_processes(tmp_path, failing):
+    """Started by their variables alone: one has the error, the other says where; the store is the first's."""
     (tmp_path / "script.py").write_text(SCRIPT)
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     began = time.monotonic()
     scripts = [
-        start(sys.executable, str(tmp_path / "script.py"), str(rank), RANK=str(rank), **variables) for rank in (0, 1)
+        start(sys.executable, str(tmp_path / "script.py"), str(rank), str(failing), RANK=str(rank), **variables)
+        for rank in (0, 1)
     ]
-    (first, _, heard), (second, _, said) = map(ended, scripts)
-    assert (first, second) == (1, 1)
+    ends = [ended(script) for script in scripts]
+    assert [code for code, _, _ in ends] == [1, 1]
     assert time.monotonic() - began < 60
+    said, heard = ends[failing][2], ends[1 - failing][2]
     assert "Traceback" in said and "Traceback" not in heard
     [line] = heard.splitlines()
-    assert line.startswith("blockprop: block-1 stopped, since block-2 failed: ")
+    assert line.startswith(f"blockprop: block-{2 - failing} stopped, since block-{failing + 1} failed: ")
     assert said.strip().splitlines()[-1] == line.split("failed: ")[1]
+
+
+SECOND = """
+import os, time
+import torch
+from torch import nn
+import blockprop
+from blockprop.runtime import processes
+
+for run in range(2):
+    if run and os.environ["RANK"] == "0":
+        time.sleep(1)
+    torch.manual_seed(run)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    algo = blockprop.BlockProp(
+        blockprop.split(model, 2, by="layers"),
+        nn.CrossEntropyLoss(),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        executor=processes(),
+    )
+    for _ in range(5):
+        algo.step(torch.randn(8, 4), torch.zeros(8, dtype=torch.long), ids=torch.arange(8))
+    algo.finish()
+    algo.close()
+"""
+
+
+def test_a_script_meets_the_others_again(tmp_path):
+    """One run after another; the slower process of the second must not be found where it was in the first."""
+    (tmp_path / "script.py").write_text(SECOND)
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    scripts = [start(sys.executable, str(tmp_path / "script.py"), RANK=str(rank), **variables) for rank in (0, 1)]
+    assert [ended(script, 60) for script in scripts] == [(0, "", ""), (0, "", "")]
 
 
 def test_the_one_error_is_said_once(tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 
 from blockprop.cli import main
+from blockprop.experiments.execution import executor_of
 from blockprop.experiments.settings import Settings
 
 QUICK = ["--data", "digits", "--width", "16", "--depth", "4", "--blocks", "3", "--quiet", "--threads", "1"]
@@ -223,3 +225,12 @@ def test_staleness_is_drawn(tmp_path, schedule):
 def plotted(folder):
     """The height of a comparison's picture, from the PNG's header."""
     return int.from_bytes((folder / "comparison.png").read_bytes()[20:24], "big")
+
+
+@pytest.mark.parametrize("policy", ["lock-step", "free-running"])
+@pytest.mark.parametrize("more", [{}, {"curvature": 0.3}, {"feedback": "gradient"}])
+def test_every_feedback_goes_with_a_cache_in_processes(policy, more):
+    """An executor is made; of cached feedback κ is along its slope, whoever says it."""
+    settings = Settings(data="digits", schedule="cached", executor="processes", policy=policy, **more).resolved()
+    executor = executor_of(settings, 10, Mock(blocks=2))
+    assert executor.correction.along

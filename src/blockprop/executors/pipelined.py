@@ -225,8 +225,11 @@ class PipelinedExecutor:
         """That block k will make until feedback is back; of a schedule that was given, as it has shown by then."""
         if not self._given:
             return delay(blocks, k, self.microbatches, self.latency.mean)
-        found = delays(self.schedule(blocks), blocks, 8 * blocks)[k - 1]
-        return sum(found[len(found) // 2 :]) / max(1, len(found) - len(found) // 2)
+        ticks = 16 * blocks
+        while len(found := delays(self.schedule(blocks), blocks, ticks)[k - 1]) < ticks // 2 and ticks < 4096:
+            ticks *= 2  # until it has been running for as long as it took to fill
+        steady = found[-max(1, len(found) // 4) :]
+        return sum(steady) / max(1, len(steady))
 
     def _furnish(self, stages: Sequence[Stage]) -> None:
         if self._lates:

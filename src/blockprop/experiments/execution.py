@@ -76,7 +76,7 @@ def _correction(settings: Settings) -> Correction:
     apart = settings.feedback == "target" and settings.curvature == "auto" and directions == "both"
     return Correction(
         curvature=_curvature(settings),
-        along=apart or directions == "along",
+        along=apart or directions == "along" or settings.who_does_what == "cached",
         across=_curvature(settings) if apart else None,
         trust=math.inf if settings.trust == "none" else settings.trust,
         # with a cache a visit has three passes, those with feedback too

@@ -42,7 +42,7 @@ from blockprop.metrics import Metrics
 from blockprop.partial import build_block, tensor_bytes
 from blockprop.runtime import FreeRunningExecutor, LostError, Neighbours, Place, Rendezvous
 from blockprop.runtime.failure import PATIENCE, watch, why_lost
-from blockprop.runtime.rendezvous import LOOPBACK
+from blockprop.runtime.rendezvous import LOOPBACK, serves_the_store
 from blockprop.training import Training
 
 __all__ = ["assembled", "join", "of_torchrun", "places"]
@@ -113,9 +113,10 @@ def join(
         raise
     except BaseException as error:
         path = block.folder / "error.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(traceback.format_exc(), encoding="utf-8")
         rendezvous.fail(place.name, f"{type(error).__name__}: {first_line(error)} (all of it is in {path})")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(traceback.format_exc(), encoding="utf-8")
         raise
     finally:
         watching.join(1.0)
@@ -268,8 +269,9 @@ class _Block:
         training = training_of(settings, algo, dataset, on_step)
         root = self.out if place.top and place.replica == 0 else self.folder
         training.metrics = Metrics(root / "metrics.jsonl", self.out / "tensorboard" / place.name)
-        # neighbours meet twice at each, so that two blocks further one may be another behind: all have one in common
-        training.checkpoints = Checkpoints(self.folder / "checkpoints", keep=1 + place.blocks // 2)
+        # neighbours meet twice at each, so that two blocks further one may be another behind, and so may a replica:
+        # all have one in common
+        training.checkpoints = Checkpoints(self.folder / "checkpoints", keep=max(2, 1 + place.blocks // 2))
         if state is not None:
             training.resume(state)
         write_json(self.out / "config.json", config_of(settings, training))
@@ -349,6 +351,5 @@ def of_torchrun(settings: Settings, out: Path, *, resume: bool, quiet: bool, lis
             + f"; expected --nproc-per-node and --nnodes to make {count}, or --blocks {world}"
         )
     place = Place.of_rank(rank, settings.blocks, settings.replicas)
-    return join(
-        settings, out, place, Rendezvous.of_torchrun, listen=listen, resume=resume, show=rank == 0 and not quiet
-    )
+    show, serving = rank == 0 and not quiet, serves_the_store()
+    return join(settings, out, place, Rendezvous.of_torchrun, listen=listen, resume=resume, show=show, serving=serving)

@@ -4,17 +4,19 @@ import atexit
 import os
 import sys
 import threading
+import time
 from types import TracebackType
 from typing import Any, Literal
 
 from blockprop.errors import first_line
 from blockprop.executors import Executor, PipelinedExecutor
+from blockprop.runtime.edge import Post
 from blockprop.runtime.failure import watch, why_lost
 from blockprop.runtime.freerunning import FreeRunningExecutor
 from blockprop.runtime.group import LostError
 from blockprop.runtime.message import Precision
 from blockprop.runtime.neighbours import Neighbours
-from blockprop.runtime.rendezvous import LOOPBACK, Place, Rendezvous
+from blockprop.runtime.rendezvous import LOOPBACK, Place, Rendezvous, serves_the_store
 
 __all__ = ["processes"]
 
@@ -58,12 +60,19 @@ def processes(
     place = Place.of_rank(rank, world // replicas, replicas)
     rendezvous = Rendezvous.of_torchrun()
     _say_what_ends_it(rendezvous, place)
-    remote = Neighbours(place, rendezvous, listen=listen, precision=messages)
     finished = threading.Event()
-    watching = threading.Thread(target=watch, args=(rendezvous.again(), finished, remote.post.lose), daemon=True)
+    posts: list[Post] = []
+
+    def lose(why: str) -> None:
+        if posts:
+            posts[0].lose(why)
+
+    watching = threading.Thread(target=watch, args=(rendezvous.again(), finished, lose), daemon=True)
     watching.start()
     atexit.register(watching.join, 1.0)
     atexit.register(finished.set)  # before the other: the latest is called first
+    remote = Neighbours(place, rendezvous, listen=listen, precision=messages)
+    posts.append(remote.post)
     if policy == "free-running":
         return FreeRunningExecutor(remote, **more)
     return PipelinedExecutor(remote=remote, **more)
@@ -80,6 +89,8 @@ def _say_what_ends_it(rendezvous: Rendezvous, place: Place) -> None:
             stopped = issubclass(kind, KeyboardInterrupt)
             rendezvous.fail(place.name, "it was stopped" if stopped else f"{kind.__name__}: {first_line(error)}")
             before(kind, error, trace)
+            if serves_the_store():
+                time.sleep(1.0)  # with this process its store goes, where the others look up what happened
         sys.stdout.flush()
         sys.stderr.flush()
         if not hasattr(sys, "ps1"):  # not at a prompt: threads that wait for a neighbour would abort the interpreter

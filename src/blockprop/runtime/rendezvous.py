@@ -6,6 +6,7 @@ on this machine alone unless told otherwise.
 
 import contextlib
 import ipaddress
+import itertools
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 
 from blockprop.errors import first_line
 
-__all__ = ["Place", "Rendezvous", "free_port", "is_loopback", "parse_address"]
+__all__ = ["Place", "Rendezvous", "free_port", "is_loopback", "parse_address", "serves_the_store"]
 
 LOOPBACK = "127.0.0.1"
 
@@ -100,6 +101,16 @@ def _await(address: tuple[str, int], timeout: float) -> None:
             time.sleep(0.1)
         else:
             return
+
+
+_MEETINGS = itertools.count()
+_SERVED: list["Rendezvous"] = []
+"""What serves the store of this process, for later rendezvous as well."""
+
+
+def serves_the_store() -> bool:
+    """Whether, by torchrun's variables, this process and not torchrun serves the store where the processes meet."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ.get("RANK") == "0"
 
 
 def _own_address(listen: str) -> str:
@@ -184,8 +195,14 @@ class Rendezvous:
             raise ValueError(f"{missing[0]} is not set; expected the environment that torchrun makes")
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
-        return cls(address, host=served, listen=address[0], prefix=f"blockprop/{attempt}", timeout=timeout)
+        # one after another in a script, the same in all processes: the later must not find what the earlier left
+        number = next(_MEETINGS)
+        host = serves_the_store() and number == 0
+        prefix = f"blockprop/{attempt}/{number}"
+        found = cls(address, host=host, listen=address[0], prefix=prefix, timeout=timeout)
+        if host:
+            _SERVED.append(found)
+        return found
 
     def again(self) -> "Rendezvous":
         """Another connection to the same store, for another thread: a call that waits holds up its connection."""
