@@ -16,7 +16,7 @@ from blockprop.checkpoint import Checkpoints
 from blockprop.data import Dataset, Split, batch_generator, batches
 from blockprop.diagnostics import alignment, curvature
 from blockprop.executors import Executor, PipelinedExecutor, StepReport
-from blockprop.executors.executor import check_finite
+from blockprop.executors.executor import STALENESS, check_finite
 from blockprop.metrics import Metrics
 
 __all__ = ["Means", "Score", "Training", "lives_here", "score", "weights_here"]
@@ -73,9 +73,6 @@ def lives_here(block: nn.Module) -> bool:
     return not any(parameter.is_meta for parameter in block.parameters())
 
 
-_STALENESS = ("age", "drift", "curvature", "limited", "input_age")
-
-
 @dataclass
 class Means:
     """Running means over examples, of the loss and of every link's gluing loss."""
@@ -99,7 +96,7 @@ class Means:
         """As they were; what an older checkpoint has not is unknown of its examples."""
         made = cls(**saved)
         linked = made.examples - made.unlinked
-        for name in _STALENESS:
+        for name in STALENESS:
             if name not in saved and linked:
                 links = [0.0] * len(made.gluing)
                 setattr(made, name, links)
@@ -119,7 +116,7 @@ class Means:
             self.unlinked += report.examples
             return
         self.gluing = _added(self.gluing, report.gluing_loss, report.examples)
-        for name in _STALENESS:
+        for name in STALENESS:
             found = [float(getattr(link, name)) for link in report.links]
             known = [0.0 if math.isnan(value) else value for value in found]
             setattr(self, name, _added(getattr(self, name), known, report.examples))
@@ -137,7 +134,7 @@ class Means:
             "unstable_steps": self.unstable,
         }
         if any(self.age):
-            values |= {name: self._of_links(name, linked) for name in _STALENESS}
+            values |= {name: self._of_links(name, linked) for name in STALENESS}
         return values
 
     def _of_links(self, name: str, linked: int) -> list[float]:

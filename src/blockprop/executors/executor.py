@@ -11,7 +11,11 @@ from blockprop.hsolvers import Solution
 from blockprop.latestage import Learnt
 from blockprop.stage import Feedback, Stage
 
-__all__ = ["DivergedError", "Executor", "LinkReport", "StepReport", "Synchronous", "check_finite"]
+__all__ = ["STALENESS", "DivergedError", "Executor", "LinkReport", "StepReport", "Synchronous", "check_finite"]
+
+
+STALENESS = ("age", "drift", "curvature", "limited", "input_age")
+"""What a report of a link tells of late feedback."""
 
 
 class DivergedError(ValueError):

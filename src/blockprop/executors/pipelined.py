@@ -252,7 +252,7 @@ class PipelinedExecutor:
             self._mail = LocalMail(self._lates)
             return
         # more than the first block has on their way, at a tick each, both ways
-        self.remote.expect(2 * blocks * (1 + math.ceil(self.latency.longest)))
+        self.remote.expect(2 * blocks * (1 + self.latency.longest))
         self._mail = self.remote.mail(self._lates)
 
     def _carry_out(self, tally: Tally) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from blockprop.executors.executor import LinkReport, StepReport
+from blockprop.executors.executor import STALENESS, LinkReport, StepReport
 from blockprop.latestage import Learnt
 
 __all__ = ["Tally"]
@@ -48,7 +48,6 @@ class Tally:
 
 def _mean(parts: Sequence[tuple[Learnt, float]]) -> Learnt:
     whole = sum(share for _, share in parts)
-    names = ("age", "drift", "curvature", "limited", "input_age")
-    means = {name: sum(getattr(one, name) * share for one, share in parts) / whole for name in names}
+    means = {name: sum(getattr(one, name) * share for one, share in parts) / whole for name in STALENESS}
     gluing = torch.stack([one.gluing_loss * (share / whole) for one, share in parts]).sum()
     return replace(parts[-1][0], gluing_loss=gluing, **means)
