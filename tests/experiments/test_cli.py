@@ -276,6 +276,7 @@ MISTAKES = [
     ("train --schedule pipelined --latency-chances 1", "--latency-chances is of --latency"),
     ("schedule --blocks 2 --latency 1 --latency-chances 1 1 1", "expected 2 numbers"),
     ("train --executor processes --policy free-running --feedback stashed --repeats 1", "--repeats is of targets"),
+    ("train --executor processes --policy free-running --schedule cached --newest", "--newest is of --schedule"),
     ("train --schedule pipelined --trust inf", "--trust is inf"),
     ("train --trust 1", "--trust is of --schedule pipelined"),
     ("train --lr nan", "--lr is nan"),

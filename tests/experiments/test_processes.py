@@ -418,6 +418,7 @@ def test_the_one_error_is_said_once(tmp_path):
         (["train", *SMALL, "--policy", "free-running"], "--policy is of --executor processes"),
         (["train", *TWO, *PROCESSES, "--policy", "free-running"], "--microbatches is of --policy lock-step"),
         (["train", *TWO, *PROCESSES, "--in-flight", "3"], "--in-flight is of --policy free-running"),
+        (["train", *TWO, *PROCESSES, "--newest"], "--newest is of --policy free-running"),
         (["train", *SMALL, *PROCESSES, "--policy", "free-running", "--replicas", "2"], "--replicas average"),
         (["train", *SMALL, *PROCESSES, "--policy", "free-running", "--schedule", "sync"], "has no use for"),
         (["train", *SMALL, *PROCESSES, "--split-by", "time"], "--split-by time is measured anew"),

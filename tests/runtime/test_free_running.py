@@ -163,6 +163,62 @@ def test_a_block_that_would_wait_repeats_its_latest_w_step():
     assert calls == {1: 12, 2: 12}
 
 
+@pytest.mark.parametrize("slow", [2, 3])
+def test_the_newest_of_the_messages_that_wait_wins(slow):
+    """The others go on sending while one sleeps; what it passes over, all others do without."""
+    learnt, passed = {}, {}
+
+    class Slow(FreeRunningExecutor):
+        def step(self, *args, **kwargs):
+            if self.remote.place.block == slow:
+                time.sleep(0.02)
+            report = super().step(*args, **kwargs)
+            k = self.remote.place.block
+            learnt[k] = learnt.get(k, 0) + len(report.links) + (report.loss == report.loss)
+            return report
+
+    def after(algo, neighbours):
+        k = neighbours.place.block
+        passed[k] = algo.executor.passed
+        assert not algo.executor._late.flights
+        return algo.wsteps[k - 1].calls
+
+    # a step-size schedule goes on where a batch is passed over
+    assert apart(model(), 3, data(24), lambda remote: Slow(remote, in_flight=6, newest=True), after=after) == [24] * 3
+    assert passed[1] >= passed[2] >= passed[3]
+    assert passed[slow] > 0
+    assert learnt[3] == 24 - passed[3]
+    apart(model(), 3, data(24), lambda remote: Slow(remote, in_flight=6), after=after)
+    assert passed == {1: 0, 2: 0, 3: 0}
+
+
+def test_where_nothing_waits_the_newest_is_the_oldest():
+    expected = alone(model(), 2, data(), "local")
+    found = apart(model(), 2, data(), lambda remote: FreeRunningExecutor(remote, in_flight=1, newest=True))
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_batch_that_is_passed_over_leaves_the_weights():
+    """The only feedback of a lone batch is empty: block 1 stays where it was, and the second batch is learnt from."""
+
+    class Blind(FreeRunningExecutor):
+        def step(self, *args, **kwargs):
+            if self.remote.last and self._fed == 0:
+                while not self.remote.post.newer("output", 0):
+                    time.sleep(0.001)
+            return super().step(*args, **kwargs)
+
+    second = data(2)[1:]
+    expected = alone(model(), 2, second, "local")
+    found = apart(model(), 2, data(2), lambda remote: Blind(remote, newest=True))
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_cache_keeps_the_feedback_of_all():
+    with pytest.raises(ValueError, match="expected one of the two"):
+        FreeRunningExecutor(None, newest=True, cache=lambda: GluingCache(EXAMPLES))
+
+
 def test_a_repeated_w_step_is_a_gradient_step_on_the_same_target():
     x, y, _ = data()[0]
     blocks = blockprop.split(model(), 2)

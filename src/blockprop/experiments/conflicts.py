@@ -37,7 +37,7 @@ _PIPELINE_ONLY = (
     "compensation",
     "delay_annealing",
 )
-_PROCESSES_ONLY = ("policy", "in_flight", "repeats", "messages", "replicas")
+_PROCESSES_ONLY = ("policy", "in_flight", "repeats", "newest", "messages", "replicas")
 _LOCK_STEP_ONLY = ("microbatches", "latency", "latency_chances", "lost", "copies")
 
 
@@ -79,10 +79,12 @@ def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a
         found |= dict.fromkeys(("recompute", "replay", "residual", "diagnose_every"), "is of one process")
         if settings.policy == "free-running":
             found |= dict.fromkeys(_LOCK_STEP_ONLY, "is of --policy lock-step")
+            if schedule == "cached":
+                found["newest"] = "is of --schedule pipelined: a cache keeps the feedback of all"
             if schedule == "cached" or settings.feedback == "stashed":
                 found["repeats"] = "is of targets at present weights, not of --feedback stashed or --schedule cached"
         else:
-            found |= dict.fromkeys(("in_flight", "repeats"), "is of --policy free-running")
+            found |= dict.fromkeys(("in_flight", "repeats", "newest"), "is of --policy free-running")
     return found
 
 

@@ -51,7 +51,11 @@ def _in_processes(settings: Settings, examples: int, remote: Neighbours) -> Exec
     )
     if settings.policy == "lock-step":
         return _pipeline(settings, remote=remote, **cached)
-    bounds: dict[str, Any] = {"in_flight": settings.in_flight, "repeats": settings.repeats}
+    bounds: dict[str, Any] = {
+        "in_flight": settings.in_flight,
+        "repeats": settings.repeats,
+        "newest": settings.newest,
+    }
     return FreeRunningExecutor(remote, correction=_correction(settings), **bounds, **cached)
 
 

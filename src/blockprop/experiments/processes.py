@@ -158,7 +158,7 @@ class _Block:
         self.folder = out / place.name
         self.finished = threading.Event()
         self._neighbours: Neighbours | None = None
-        self._most_in_flight = 0
+        self._most_in_flight = self._passed_over = 0
 
     def lose(self, why: str) -> None:
         """End what waits for a neighbour."""
@@ -264,6 +264,8 @@ class _Block:
         def on_step(training: Training) -> None:
             assert isinstance(algo.executor, PipelinedExecutor | FreeRunningExecutor)
             self._most_in_flight = max(self._most_in_flight, algo.executor.bytes_in_flight())
+            if isinstance(algo.executor, FreeRunningExecutor):
+                self._passed_over = algo.executor.passed
             reporter.update(training)
 
         training = training_of(settings, algo, dataset, on_step)
@@ -293,6 +295,8 @@ class _Block:
             "memory": {**memory, "activations_in_flight": self._most_in_flight},
             "busy": 1 - training.waited / training.seconds if training.seconds else 0.0,
         }
+        if settings.newest:
+            own["passed_over"] = self._passed_over
         rendezvous.write(f"done/{place.name}", own)
         summary["processes"] = {one.name: rendezvous.wait(f"done/{one.name}", 600) for one in places(settings)}
         if place.top and place.replica == 0:

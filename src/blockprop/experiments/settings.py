@@ -251,6 +251,14 @@ class Settings:
         int,
         _option(_PROCESSES, "W-steps a free-running block may repeat on its latest batch while it would wait."),
     ] = 0
+    newest: Annotated[
+        bool,
+        _option(
+            _PROCESSES,
+            "Of several messages that wait, a free-running block learns from the newest alone, and passes the older "
+            "batches over; without it from all, the oldest first.",
+        ),
+    ] = False
     messages: Annotated[
         Literal["float32", "bfloat16", "int8"],
         _option(_PROCESSES, "Numbers between processes, both ways; int8 has a scale per example."),

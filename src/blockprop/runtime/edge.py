@@ -82,6 +82,14 @@ class Post:
             numbers = [number for one, number in self._messages if one == kind]
             return self._pop(kind, min(numbers)) if numbers else None
 
+    def newer(self, kind: str, number: int) -> bool:
+        """Whether a message of a kind and with a higher number is here, and is not empty."""
+        with self.arrived:
+            return any(
+                one == kind and other > number and len(message.values) > 0
+                for (one, other), (_, message) in self._messages.items()
+            )
+
     def wait(self, kinds: tuple[str, ...]) -> None:
         """Wait until a message of one of these kinds is there.
 

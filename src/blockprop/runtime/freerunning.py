@@ -2,6 +2,10 @@
 
 Nobody waits for a tick. What bounds the age of feedback is how many batches a block may have on their way: at that
 number it forwards no more until feedback comes, and so the blocks keep pace with the slowest of them.
+
+Of several messages that wait, a block takes the oldest first, and learns from all. Or the newest wins: it takes that
+one alone, and passes the older batches over. An empty message goes down for each of them, so that the blocks below
+forget it as well, and one goes up in the place of its output.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,12 +37,17 @@ class FreeRunningExecutor:
         in_flight: batches that a block may have on their way for each block above it, at least 1; default 2, the
             number that a lock-step pipeline has.
         repeats: W-steps that a block may take again on its latest batch while it would wait, at least 0; default 0.
+        newest: of several outputs or pieces of feedback that wait, learn from the newest alone; default False. Not
+            with a cache.
         correction: what is made of late feedback; see [`Correction`][blockprop.correction.Correction].
         cache: as in [`PipelinedExecutor`][blockprop.executors.pipelined.PipelinedExecutor].
         refresh: as there.
 
+    Attributes:
+        passed: batches that were passed over so far, by this block or because another did.
+
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting out of its range, or two that exclude each other.
     """
 
     def __init__(
@@ -47,6 +56,7 @@ class FreeRunningExecutor:
         *,
         in_flight: int = 2,
         repeats: int = 0,
+        newest: bool = False,
         correction: Correction | None = None,
         cache: Callable[[], GluingCache] | None = None,
         refresh: int = 2,
@@ -55,10 +65,13 @@ class FreeRunningExecutor:
             raise ValueError(f"in-flight is {in_flight}; expected a whole number of batches, at least 1")
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
             raise ValueError(f"repeats is {repeats}; expected a whole number of W-steps, at least 0")
+        if newest and cache is not None:
+            raise ValueError("the newest is to win, and a cache keeps the feedback of all; expected one of the two")
         self.remote = remote
         self.in_flight = in_flight
         remote.expect(in_flight * remote.blocks)  # the first block has no more on their way
-        self.repeats = repeats
+        self.repeats, self.newest = repeats, newest
+        self.passed = 0
         self._left = 0  # of the repeats on the latest batch
         self.correction = correction or Correction(along=cache is not None)
         check_cached(self.correction, cache)
@@ -116,6 +129,11 @@ class FreeRunningExecutor:
             while (message := self.remote.post.oldest("output")) is None:
                 self._wait(late, tally, "output")
             assert message.number == number, "outputs come in order"
+            if not message.values or (self.newest and self.remote.post.newer("output", number)):
+                self._pass_over(late, number, known_below=not message.values)
+                if self.remote.above is not None:
+                    self.remote.above.send(Message("output", number))
+                return tally.report(len(known), self.remote.post.waited - waited)
             inputs = output_of(message, late.stage.index, ids)
         assert inputs is not None
         output = late.forward(number, inputs, self._fed, quiet=quiet)
@@ -165,6 +183,9 @@ class FreeRunningExecutor:
             self._answered(late, message)
         while (message := post.oldest("feedback")) is not None:
             number = message.number
+            if not message.values or (self.newest and post.newer("feedback", number)):
+                self._pass_over(late, number)
+                continue
             asks = self._due and late.stage.index not in self._points and late.moved(number)
             self._due = self._due and not asks
             ask = self._ask(number) if asks else None
@@ -177,6 +198,14 @@ class FreeRunningExecutor:
             late.update()
             self._left = self.repeats
         self._ids = {n: ids for n, ids in self._ids.items() if n in late.flights or n + 1 >= self._fed}
+
+    def _pass_over(self, late: LateStage, number: int, *, known_below: bool = False) -> None:
+        """Learn nothing from a batch, and let the blocks below know unless they do; step sizes go on all the same."""
+        self.passed += 1
+        late.drop(number)
+        late.update()
+        if self.remote.below is not None and not known_below:
+            self.remote.below.send(Message("feedback", number))
 
     def _ask(self, number: int) -> Callable[[Points], None]:
         def ask(points: Points) -> None:
@@ -232,6 +261,7 @@ class FreeRunningExecutor:
         return {
             "fed": self._fed,
             "due": self._due,
+            "passed": self.passed,
             "visits": None if self._visits is None else self._visits.counts,
             "ids": [[n, ids] for n, ids in self._ids.items()],
             "messages": [[m.kind, m.number, list(m.values), dict(m.more)] for m in self.remote.snapshot()],
@@ -242,7 +272,8 @@ class FreeRunningExecutor:
     def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
         """Continue from what `state_dict` returned, with the same settings."""
         self._furnish(stages).load_state_dict(state["late"])
-        self._fed, self._due = state["fed"], state.get("due", False)  # not in older checkpoints
+        self._fed = state["fed"]
+        self._due, self.passed = state.get("due", False), state.get("passed", 0)  # not in older checkpoints
         self._ids = dict(state["ids"])
         if self._visits is not None:
             self._visits.counts = state["visits"].clone()
