@@ -47,6 +47,7 @@ _MLP_VARIANTS = (
     (", LayerNorm", {"norm": "layer"}),
     (", BatchNorm", {"norm": "batch"}),
 )
+_RESNET_VARIANTS = (_PLAIN, (", dropout 0.2", {"dropout": 0.2, "steps": 256}))
 
 
 def _networks(data_dir: Path | None) -> list[Network]:
@@ -65,7 +66,7 @@ def _networks(data_dir: Path | None) -> list[Network]:
         Network("MLP 8 x 256", deep, (2, 4, 8), sgd, _MLP_VARIANTS, first_order, 5),
         Network("GPT 4 x 64", text, (2, 4), adam, (_PLAIN, (", dropout 0.1", {"dropout": 0.1})), first_order),
         Network("MLP 8 x 256", deep, (2, 4, 8), sgd, _MLP_VARIANTS, ("Gauss-Newton",), 5),
-        Network("ResNet18-w16", cifar, (2, 4), momentum, (_PLAIN, (", dropout 0.2", {"dropout": 0.2})), first_order),
+        Network("ResNet18-w16", cifar, (2, 4), momentum, _RESNET_VARIANTS, first_order),
     ]
 
 
@@ -117,6 +118,7 @@ are epochs, batches and their order.
 | MLP 8 x 256 (7 hidden layers) | MNIST | SGD, batch 128, 1 epoch | 0.01, 0.03, 0.1, 0.3, 1 |
 | GPT, 4 layers of 64, context 64 | tiny Shakespeare | AdamW, batch 32, 400 steps | 0.0003, 0.001, 0.003, 0.01, 0.03 |
 | ResNet18 of width 16 | CIFAR-10, crops and flips | momentum 0.9, batch 64, 512 steps | 0.01, 0.02, 0.05, 0.1, 0.2 |
+| the same with dropout | CIFAR-10, crops and flips | momentum 0.9, batch 64, 256 steps | 0.01, 0.02, 0.05, 0.1, 0.2 |
 
 Short runs, all methods alike, so that the whole table is a matter of hours: the question is what the block methods lose
 against backprop, not how far each network gets.
