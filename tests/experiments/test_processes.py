@@ -175,6 +175,21 @@ def test_a_resumed_run_goes_on(tmp_path, more):
         assert same(whole, stopped)
 
 
+def test_weights_of_an_earlier_end_are_not_assembled(tmp_path, capsys):
+    """A finished run that is lengthened, and stopped before its new end."""
+    out = tmp_path / "run"
+    assert main(["train", *TWO, *PROCESSES, "--steps", "20", "--out", str(out)]) == 0
+    process = start(*BLOCKPROP, "train", "--resume", "--steps", "100000", "--quiet", "--out", str(out))
+    deadline = time.monotonic() + 60
+    while any((out / f"block-{k}" / "model.safetensors").exists() for k in (1, 2)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    ended(process)
+    assert main(["assemble", str(out)]) == 2
+    assert "expected a finished run" in capsys.readouterr().err
+
+
 def test_two_blocks_by_two_replicas(tmp_path):
     one, four = tmp_path / "one", tmp_path / "four"
     # replicas measure κ, and what feedback is long, each for itself
@@ -286,11 +301,14 @@ def test_the_runs_of_a_comparison_end_with_it(tmp_path, whom):
     assert not any(map(alive, children))
 
 
-def test_workers_with_other_settings(tmp_path):
+@pytest.mark.parametrize("serving", [1, 2])
+def test_workers_with_other_settings(tmp_path, serving):
+    """Also where the one that fails serves the store."""
     words = [*TWO, "--store", f"127.0.0.1:{free_port()}", "--steps", "50", "--out", str(tmp_path / "run")]
+    serves = {k: "--serve" if k == serving else "--no-serve" for k in (1, 2)}
     workers = [
-        start(*BLOCKPROP, "worker", "--block", "1", *words, "--lr", "0.1"),
-        start(*BLOCKPROP, "worker", "--block", "2", *words, "--lr", "0.2"),
+        start(*BLOCKPROP, "worker", "--block", "1", *words, "--lr", "0.1", serves[1]),
+        start(*BLOCKPROP, "worker", "--block", "2", *words, "--lr", "0.2", serves[2]),
     ]
     (one, _, first), (two, _, second) = map(ended, workers)
     assert (one, two) == (3, 2)
@@ -426,6 +444,7 @@ def test_the_one_error_is_said_once(tmp_path):
         (["train", *SMALL, *PROCESSES, "--replicas", "2", "--schedule", "cached"], "--replicas share a batch anew"),
         (["worker", *SMALL, "--block", "1", "--store", "nowhere"], "expected HOST:PORT"),
         (["worker", *SMALL, "--block", "1", "--store", "10.0.0.1:29500"], "expected --listen with this machine's"),
+        (["worker", *SMALL, "--block", "2", "--store", "10.0.0.1:29500"], "expected --listen with this machine's"),
         (
             ["worker", *SMALL, "--block", "3", "--store", "127.0.0.1:29500"],
             "--block is 3; expected a number from 1 to 2",

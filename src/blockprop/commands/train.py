@@ -88,10 +88,10 @@ def worker(
         if not low <= value <= high:
             raise ValueError(f"--{name} is {value}; expected a number from {low} to {high}")
     serving = (block, replica) == (1, 0) if serve is None else serve
-    if serving and is_loopback(listen) and not is_loopback(address[0]):
+    if is_loopback(listen) and not is_loopback(address[0]):
         raise ValueError(
-            f"--store is at {address[0]}, but would listen on {listen} alone; expected --listen with this machine's "
-            "address"
+            f"--store is at {address[0]}, where other machines meet, and this process would listen on {listen} alone; "
+            "expected --listen with this machine's address"
         )
     place = Place(block, settings.blocks, replica, settings.replicas)
     summary = join(

@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -107,9 +108,11 @@ def join(
         raise LostError(why_lost(rendezvous, place, error)) from error
     except (ValueError, OSError) as error:
         rendezvous.fail(place.name, f"{first_line(error)}")
+        _linger(serving)
         raise
     except KeyboardInterrupt:
         rendezvous.fail(place.name, "it was stopped")
+        _linger(serving)
         raise
     except BaseException as error:
         path = block.folder / "error.txt"
@@ -117,9 +120,16 @@ def join(
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(traceback.format_exc(), encoding="utf-8")
+        _linger(serving)
         raise
     finally:
         watching.join(1.0)
+
+
+def _linger(serving: bool) -> None:
+    """With this process its store goes, where the others look up what happened."""
+    if serving:
+        time.sleep(1.0)
 
 
 def _watch(rendezvous: Rendezvous, block: "_Block", loud: bool) -> None:
@@ -178,7 +188,10 @@ class _Block:
                 algo, neighbours = self._algorithm(dataset, rendezvous)
                 if not resume:  # not before all mistakes are said
                     stack.enter_context(claimed(self.folder))
-                summary = self._train(self._training(algo, dataset, rendezvous, state), rendezvous)
+                training = self._training(algo, dataset, rendezvous, state)
+                if resume:  # of a run's earlier end; the blocks' weights are of one end, or `assembled` finds none
+                    (self.folder / "model.safetensors").unlink(missing_ok=True)
+                summary = self._train(training, rendezvous)
             neighbours.close()
             return summary
         finally:

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ EDGE_THREADS = ("send ", "receive ")
 
 _COARSE = ("output", "feedback")
 _TRAINING = (*_COARSE, "points", "slopes")
+_FROM_BELOW = ("output", "points", "evaluate", "mark from below")
+_FROM_ABOVE = ("feedback", "slopes", "share", "mark from above")
 
 
 class Post:
@@ -45,6 +47,7 @@ class Post:
         self._messages: dict[tuple[str, int], tuple[str, Message]] = {}
         self._held: dict[str, int] = {}
         self._lost: str | None = None
+        self._parted: dict[str, str] = {}  # by kind of message that will come no more: why
         self.arrived = threading.Condition()
         self.waited = 0.0
 
@@ -62,6 +65,12 @@ class Post:
             self._lost = self._lost or why
             self.arrived.notify_all()
 
+    def part(self, kinds: Sequence[str], why: str) -> None:
+        """Let everybody who waits for messages of these kinds know that no more will come."""
+        with self.arrived:
+            self._parted |= dict.fromkeys(kinds, why)
+            self.arrived.notify_all()
+
     def check(self) -> None:
         """Raise LostError if a neighbour is lost."""
         if self._lost is not None:
@@ -71,9 +80,9 @@ class Post:
         """One message, once it is there.
 
         Raises:
-            LostError: a neighbour is lost.
+            LostError: a neighbour is lost, or has ended and not sent it.
         """
-        with self._waiting(lambda: (kind, number) in self._messages):
+        with self._waiting(kind, lambda: (kind, number) in self._messages):
             return self._pop(kind, number)
 
     def oldest(self, kind: str) -> Message | None:
@@ -90,22 +99,24 @@ class Post:
                 for (one, other), (_, message) in self._messages.items()
             )
 
-    def wait(self, kinds: tuple[str, ...]) -> None:
-        """Wait until a message of one of these kinds is there.
+    def wait(self, kind: str, *others: str) -> None:
+        """Wait for a message of a kind; one of the others will do as well.
 
         Raises:
-            LostError: a neighbour is lost.
+            LostError: a neighbour is lost, or has ended without a message of the first kind.
         """
-        with self._waiting(lambda: any(kind in kinds for kind, _ in self._messages)):
+        with self._waiting(kind, lambda: any(one in (kind, *others) for one, _ in self._messages)):
             pass
 
     @contextlib.contextmanager
-    def _waiting(self, ready: Callable[[], bool]) -> Iterator[None]:
+    def _waiting(self, kind: str, ready: Callable[[], bool]) -> Iterator[None]:
         start = time.perf_counter()
         with self.arrived:
-            self.arrived.wait_for(lambda: ready() or self._lost is not None)
+            self.arrived.wait_for(lambda: ready() or self._lost is not None or kind in self._parted)
             self.waited += time.perf_counter() - start
             self.check()
+            if not ready():
+                raise LostError(self._parted[kind])
             yield
 
     def _pop(self, kind: str, number: int) -> Message:
@@ -159,6 +170,7 @@ class Edge:
         self.name = name
         self._peer, self._post, self._precision = int(not upper), post, precision
         self.sent_bytes = self.sent_messages = 0  # of training alone
+        self._handed = 0  # messages of all kinds that the neighbour has taken
         self._group = gloo(rendezvous, f"edge {name}", int(upper), 2, listen=listen, timeout=timeout)
         self._outbox: queue.Queue[Message | None] = queue.Queue(queue_length)
         self._closing = False
@@ -193,11 +205,12 @@ class Edge:
                 sent = [self._group.send([head], self._peer, 0), self._group.send([body], self._peer, tag)]
                 for one in sent:
                     one.wait()
+                self._handed += 1
                 if message.kind in _TRAINING:
-                    self.sent_bytes += len(body) + 8
+                    self.sent_bytes += len(body) + head.numel() * head.itemsize
                     self.sent_messages += 1
             self._group.send([torch.tensor([-1, 0])], self._peer, 0).wait()
-        except RuntimeError as error:
+        except Exception as error:  # nobody else hears of it
             if not self._closing:
                 self._post.lose(f"edge {self.name}: {first_line(error)}")
 
@@ -208,19 +221,32 @@ class Edge:
             while True:
                 length, tag = heads.next().tolist()
                 if length < 0:
+                    why = f"edge {self.name}: the neighbour has ended; expected as many steps in all processes"
+                    self._post.part(_FROM_BELOW if self._peer == 0 else _FROM_ABOVE, why)
                     return
                 if tag not in bodies:
                     bodies[tag] = _Ahead(self._group, self._peer, tag, length, torch.uint8)
                 self._post.put(self.name, unpack(bodies[tag].next()))
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # nobody else hears of it
             if not self._closing:
                 self._post.lose(f"edge {self.name}: {first_line(error)}")
 
     def close(self, timeout: float = 10.0) -> None:
-        """Send what is left, say goodbye, wait for the neighbour's goodbye, and end the threads."""
-        with contextlib.suppress(queue.Full):
-            self._outbox.put(None, timeout=timeout)
-        self._sender.join(timeout)
+        """Send what is left, say goodbye, wait for the neighbour's goodbye, and end the threads.
+
+        Args:
+            timeout: seconds without a message sent, and then without the goodbye, after which it is given up.
+        """
+        goodbye = False
+        while self._sender.is_alive():
+            before = self._handed
+            with contextlib.suppress(queue.Full):
+                if not goodbye:
+                    self._outbox.put(None, timeout=timeout)
+                goodbye = True
+            self._sender.join(timeout)
+            if self._handed == before:
+                break
         self._receiver.join(timeout)
         self._closing = True
 

@@ -171,7 +171,7 @@ class FreeRunningExecutor:
             self._left -= 1
             self._attend(late, tally)
             return
-        self.remote.post.wait(tuple({kind, "feedback", "points", "slopes"}))
+        self.remote.post.wait(kind, "feedback", "points", "slopes")
         self._attend(late, tally)
 
     def _attend(self, late: LateStage, tally: Tally) -> None:

@@ -59,10 +59,15 @@ def pack(message: Message, precision: Precision = "float32") -> Tensor:
     Args:
         message: what to send; its tensors may be on any device.
         precision: of its floating-point tensors; "float32" sends them as they are.
+
+    Raises:
+        ValueError: a tensor of another dtype than messages carry.
     """
     parts: list[Tensor] = []
     described = []
     for value in message.values:
+        if str(value.dtype) not in _DTYPES:
+            raise ValueError(f"a message holds a tensor of {value.dtype}; expected one of {', '.join(sorted(_DTYPES))}")
         pieces = [piece.detach().cpu().contiguous() for piece in _coarser(value, precision)]
         described.append([str(value.dtype), *([str(piece.dtype), list(piece.shape)] for piece in pieces)])
         parts += pieces

@@ -68,8 +68,11 @@ def parse_address(address: str) -> tuple[str, int]:
 
     >>> parse_address("127.0.0.1:29500")
     ('127.0.0.1', 29500)
+    >>> parse_address("[::1]:29500")
+    ('::1', 29500)
     """
     host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
     if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
         raise ValueError(f"store address is {address!r}; expected HOST:PORT, such as {LOOPBACK}:29500")
     return host, int(port)
@@ -193,7 +196,7 @@ class Rendezvous:
         missing = [key for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE") if key not in os.environ]
         if missing:
             raise ValueError(f"{missing[0]} is not set; expected the environment that torchrun makes")
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address = parse_address(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         # one after another in a script, the same in all processes: the later must not find what the earlier left
         number = next(_MEETINGS)
