@@ -9,8 +9,8 @@ whoever runs it moves the messages.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from blockprop.probe import Points, Probe
 from blockprop.stage import Feedback, Stage
 from blockprop.ways import averaged, projected
 
-__all__ = ["LateStage", "Learnt"]
+__all__ = ["Held", "LateStage", "Learnt"]
 
 Ask = Callable[[Points], Points | None]
 """Slopes at some outputs of a block, from the blocks above it; None if they will come later (`LateStage.measured`)."""
@@ -55,6 +55,28 @@ class Learnt:
     limited: float = 0.0
     input_age: float = math.nan
     cached: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a stage keeps beside weights, gradients and optimizer state.
+
+    Attributes:
+        activations_in_flight: inputs and outputs of batches whose feedback has not come.
+        stashed_weights: copies of weights that batches were forwarded with.
+        cache: of the gluing cache, in memory or mapped.
+    """
+
+    activations_in_flight: int = 0
+    stashed_weights: int = 0
+    cache: int = 0
+
+    def most(self, other: "Held") -> "Held":
+        """The larger of each."""
+        return Held(*map(max, astuple(self), astuple(other)))
+
+    def __add__(self, other: "Held") -> "Held":
+        return Held(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class LateStage:
@@ -113,10 +135,15 @@ class LateStage:
         """Whether this is the last block."""
         return self.stage.index == self.blocks
 
-    def bytes_in_flight(self) -> int:
-        """Bytes of the inputs and outputs that are kept until feedback comes."""
-        kept = (value for flight in self.flights.values() for value in (flight.input, flight.output))
-        return sum(value.numel() * value.itemsize for value in kept)
+    def held(self) -> Held:
+        """What is kept here beside the block's own weights, gradients and optimizer state."""
+        kept = [value for flight in self.flights.values() for value in (flight.input, flight.output)]
+        copies = [*(flight.weights for flight in self.flights.values()), *([self._copy[1]] if self._copy else [])]
+        own = {p.data_ptr() for p in self.stage.block.parameters()}
+        # flights between two updates share their copy
+        stashed = {w.data_ptr(): w for weights in copies for w in weights.values() if w.data_ptr() not in own}
+        cached = self.cache.size(self.cache.shapes) if self.cache is not None and self.cache.shapes else 0
+        return Held(_bytes(kept), _bytes(stashed.values()), cached)
 
     def forward(self, number: int, inputs: Tensor, tick: int, *, quiet: bool = False) -> Tensor:
         """Evaluate the block on a batch, and keep it on its way.
@@ -377,6 +404,10 @@ class LateStage:
         self._copy = None  # of other weights, though the number of updates may be the same
         if self.cache is not None and state["cache"] is not None:
             self.cache.load_state_dict(state["cache"])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def _drift(new: Tensor, old: Tensor) -> float:

@@ -20,7 +20,7 @@ from blockprop.executors.executor import StepReport, check_finite
 from blockprop.executors.mail import LocalMail, Mail, Remote
 from blockprop.executors.tally import Tally
 from blockprop.executors.turns import Turns
-from blockprop.latestage import LateStage
+from blockprop.latestage import Held, LateStage
 from blockprop.losses import OutputLoss
 from blockprop.schedules import Action, Latency, Tick, delay, delays, parallel, pipelined, sequential
 from blockprop.stage import Stage
@@ -190,9 +190,9 @@ class PipelinedExecutor:
         batch = number // self.microbatches
         return batch < len(self._without) and self._without[batch]
 
-    def bytes_in_flight(self) -> int:
-        """Bytes kept here until feedback comes."""
-        return sum(late.bytes_in_flight() for late in self._lates)
+    def held(self) -> Held:
+        """Bytes that the blocks here keep beside weights, gradients and optimizer state."""
+        return sum((late.held() for late in self._lates), Held())
 
     def drain(self, stages: Sequence[Stage]) -> StepReport:
         """Train on what is still on its way, and take nothing new in."""

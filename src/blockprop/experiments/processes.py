@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from blockprop.experiments.ingredients import (
     weights_of,
 )
 from blockprop.experiments.settings import Settings
+from blockprop.latestage import Held
 from blockprop.metrics import Metrics
 from blockprop.partial import build_block, tensor_bytes
 from blockprop.runtime import FreeRunningExecutor, LostError, Neighbours, Place, Rendezvous
@@ -168,7 +170,8 @@ class _Block:
         self.folder = out / place.name
         self.finished = threading.Event()
         self._neighbours: Neighbours | None = None
-        self._most_in_flight = self._passed_over = 0
+        self._held = Held()  # at most
+        self._passed_over = 0
 
     def lose(self, why: str) -> None:
         """End what waits for a neighbour."""
@@ -276,7 +279,7 @@ class _Block:
 
         def on_step(training: Training) -> None:
             assert isinstance(algo.executor, PipelinedExecutor | FreeRunningExecutor)
-            self._most_in_flight = max(self._most_in_flight, algo.executor.bytes_in_flight())
+            self._held = self._held.most(algo.executor.held())
             if isinstance(algo.executor, FreeRunningExecutor):
                 self._passed_over = algo.executor.passed
             reporter.update(training)
@@ -305,7 +308,7 @@ class _Block:
         steps = max(1, training.step - training.begun[0])  # that this process has sent messages for
         own = {
             "bytes_per_step": {way: count / steps for way, count in remote.traffic().items()},
-            "memory": {**memory, "activations_in_flight": self._most_in_flight},
+            "memory": {**memory, **asdict(self._held)},
             "busy": 1 - training.waited / training.seconds if training.seconds else 0.0,
         }
         if settings.newest:

@@ -18,7 +18,7 @@ from blockprop.correction import Correction
 from blockprop.executors.executor import StepReport, check_finite
 from blockprop.executors.pipelined import check_cached, check_form
 from blockprop.executors.tally import Tally
-from blockprop.latestage import LateStage
+from blockprop.latestage import Held, LateStage
 from blockprop.probe import Points
 from blockprop.runtime.mail import feedback_message, gluing_of, output_message, output_of
 from blockprop.runtime.message import Message
@@ -240,9 +240,9 @@ class FreeRunningExecutor:
         elif slopes:
             late.measured(points, slopes)
 
-    def bytes_in_flight(self) -> int:
-        """Bytes kept here until feedback comes."""
-        return 0 if self._late is None else self._late.bytes_in_flight()
+    def held(self) -> Held:
+        """Bytes that the block here keeps beside weights, gradients and optimizer state."""
+        return Held() if self._late is None else self._late.held()
 
     def drain(self, stages: Sequence[Stage]) -> StepReport:  # noqa: ARG002
         """Learn from what is still on its way, and take nothing new in."""
