@@ -1,0 +1,50 @@
+"""What a stage keeps of batches whose feedback is late."""
+
+import pytest
+import torch
+from torch import nn
+
+import blockprop
+from blockprop.cache import GluingCache
+from blockprop.correction import Correction
+from blockprop.curvature import Constant
+from blockprop.gluing import Gluing
+from blockprop.latestage import Held, LateStage
+from conftest import batch, mlp, sgd
+
+
+def lower(correction, cache=None):
+    torch.manual_seed(0)
+    blocks = blockprop.split(mlp(depth=4), 2)
+    algo = blockprop.BlockProp(blocks, nn.CrossEntropyLoss(), sgd(0.1))
+    return LateStage(algo.stages[0], 2, correction, cache=cache)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_what_is_held_counts_each_copy_of_the_weights_once(reuse):
+    late = lower(Correction(curvature=Constant(0.0), reuse=reuse))
+    assert late.held() == Held()
+    weights = sum(p.numel() * p.itemsize for p in late.stage.block.parameters())
+    x, _ = batch(8)
+    outputs = [late.forward(number, x, number) for number in range(2)]
+    flight = sum(value.numel() * value.itemsize for value in (x, outputs[0]))
+    assert late.held() == Held(2 * flight, weights * reuse)
+    late.learn(0, Gluing(outputs[0], torch.ones_like(outputs[0]), 8), 1.0, 2)
+    late.update()
+    assert late.held() == Held(flight, weights * reuse)
+    late.forward(2, x, 2)
+    assert late.held() == Held(2 * flight, 2 * weights * reuse)
+
+
+def test_what_is_held_has_the_whole_cache():
+    cache = GluingCache(24, dtype=torch.float64)
+    late = lower(Correction(curvature=Constant(0.3), along=True, reuse=True), cache)
+    x, _ = batch(8)
+    output = late.forward(0, x, 0)
+    late.learn(0, Gluing(output, torch.ones_like(output), 8), 1.0, 1, ids=torch.arange(8))
+    assert late.held().cache == cache.size([output.shape[1:]])
+
+
+def test_the_most_is_the_most_of_each():
+    assert Held(1, 5, 0).most(Held(3, 2, 4)) == Held(3, 5, 4)
+    assert Held(1, 5, 0) + Held(3, 2, 4) == Held(4, 7, 4)
