@@ -9,6 +9,7 @@ from torch import nn
 import blockprop
 from blockprop.cost import count_flops, counted
 from blockprop.experiments.cost import random_data
+from blockprop.hsolvers import GradientDescent
 from blockprop.models import NAMES, build, gpt
 from blockprop.stepcost import CASES, Case, StepCost, step_costs
 
@@ -30,6 +31,20 @@ def chain(K: int, **settings):
 def flops(cut, *, first_inputs: bool) -> float:
     """Of one product a layer of these blocks: with or without the first layer of each."""
     return sum(LAYERS[i] for block in cut for i in (block if first_inputs else block[1:]))
+
+
+@pytest.mark.parametrize("form", ["published", "rescaled", "exact", "proximal"])
+@pytest.mark.parametrize(("K", "h_steps"), [(2, 1), (4, 3)])
+def test_the_parts_are_those_of_a_step_as_it_is_trained(form, K, h_steps):
+    """The same counter around the whole of `step`, of an algorithm that knows nothing of parts."""
+    torch.manual_seed(0)
+    layers = [layer for a, b in itertools.pairwise(WIDTHS) for layer in (nn.Linear(a, b), nn.ReLU())]
+    blocks = blockprop.split(nn.Sequential(*layers[:-1]), K, by="layers")
+    x, y = torch.randn(N, WIDTHS[0]), torch.randint(WIDTHS[-1], (N,))
+    expected = step_costs(blocks, CE, x, y, h_steps=h_steps).cases[Case(form)].total
+    settings = {} if form == "exact" else {"h_solver": GradientDescent(h_steps, 0.01)}
+    algo = blockprop.BlockProp(blocks, CE, lambda params: torch.optim.SGD(params, lr=0.1), form=form, **settings)
+    assert counted(algo.step, x, y)[1] == expected
 
 
 @pytest.mark.parametrize("K", [2, 3, 4])

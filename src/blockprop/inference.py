@@ -44,8 +44,9 @@ class Energies:
 
     Attributes:
         values: shape [N, C], in the loss's units; no greater than the loss at the forward pass.
-        left: how much lower the worst of them may be, by its gradient: ‖∇‖² / 4, the most that there is to gain
-            where the network is nearly linear. Too much where a ReLU's kink holds the minimum. All minima are local.
+        left: how much there was to gain for the worst of them before its last step, by the gradient there: ‖∇‖² / 4,
+            the most that there is where the network is nearly linear. Too much where a ReLU's kink holds the minimum.
+            All minima are local.
     """
 
     values: Tensor

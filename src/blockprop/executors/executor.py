@@ -27,7 +27,8 @@ class LinkReport:
     """How the h-step of one link went.
 
     Attributes:
-        gluing_loss: the batch's mean of ‖h* - b(h)‖² per example, without λ: a scalar tensor.
+        gluing_loss: the batch's mean of ‖h*_{k+1} - b_k(h_k)‖² per example, without λ: a scalar tensor. At the h_k that
+            the block was evaluated at going up; the published order learns at h*_k, which is another for k > 1.
         steps: h-steps taken.
         residual: see [`Solution`][blockprop.hsolvers.Solution].
         converged: see `Solution`.

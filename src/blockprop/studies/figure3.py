@@ -42,7 +42,7 @@ def _matched(panel: str, base: Settings, penalty: float, color: str, name: str =
 
 
 def _decay(steps: int) -> float:
-    """Weight decay that shrinks a block which learns nothing to a quarter, as 0.0004 does in ten full epochs.
+    """Weight decay that shrinks a block which learns nothing to a quarter by the end of the run.
 
     But by no more than 0.5 % a step, or BatchNorm's running statistics lag behind the weights and no row can be
     evaluated; a short run shrinks it less.
@@ -152,7 +152,9 @@ momentum 0.9, batch 128, crops and flips; γ_B = 0.05 where nothing else is said
 - *matched* (dashed): backprop with block 1's step size times 2λγ_h.
 - *exact*: the exact form.
 
-The curves are on the test part, as in the paper. Nothing was chosen by them.
+The curves are on the test part, as in the paper. Nothing was chosen by them. The gluing loss is
+‖h\\*_{k+1} - b_k(h_k)‖² at the forward pass's h_k, summed over the links: at K = 2 the paper's, and above that without
+what h\\*_k adds to it. The exact form's is of its own h-step, of 2λγ_h = 1.
 """
 
 
@@ -173,6 +175,7 @@ def _tell(study: Study, outcomes: Sequence[Outcome]) -> str:
         ]
         header = [panel, "test accuracy %", "test loss", "training loss, last epoch", "diverged"]
         parts.append(markdown_table(header, rows).strip())
+    parts.append("Where seeds diverged, the figures are of the others alone, which flatters the row.")
     return "\n\n".join(parts)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from blockprop.studies.drawing import require_matplotlib
-from blockprop.studies.publish import publish, write_tables
+from blockprop.studies.publish import command_of, publish, write_tables
 from blockprop.studies.study import Study, run_study
 
 __all__ = ["StudyOptions"]
@@ -46,6 +46,8 @@ class StudyOptions:
             )
             if given
         )
+        if self.redraw:
+            command = command_of(out) or command
         require_matplotlib()
         study.check(out)
         if self.redraw and not (out / "runs").is_dir():

@@ -12,7 +12,10 @@ from blockprop.metrics import read_metrics
 from blockprop.studies.drawing import save
 from blockprop.studies.study import Outcome, Study
 
-__all__ = ["markdown_table", "mean_gap", "percent", "publish", "spread", "write_tables"]
+__all__ = ["NOTE", "command_of", "markdown_table", "mean_gap", "percent", "publish", "spread", "write_tables"]
+
+NOTE = "NOTE.md"
+"""A file in a study's folder that its README takes up: what is to be known of these runs, such as of their data."""
 
 
 def publish(study: Study, out: Path, command: str) -> None:
@@ -34,6 +37,13 @@ def write_tables(study: Study, out: Path, command: str) -> None:
     points = (record for outcome in outcomes for record in _point_records(outcome))
     _write_csv(out / f"{study.name}-points.csv", points)
     write_atomically(out / "README.md", _readme(study, outcomes, command, out).encode())
+
+
+def command_of(out: Path) -> str | None:
+    """The command that made the runs of a folder, from its README; None without one."""
+    path = out / "README.md"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.strip() for line in lines if line.startswith("    ")), None)
 
 
 def _row_record(outcome: Outcome) -> dict[str, Any]:
@@ -111,6 +121,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _readme(study: Study, outcomes: Sequence[Outcome], command: str, out: Path) -> str:
     parts = [f"# {study.title}", study.about.strip(), _made_by(outcomes, command)]
+    if (out / NOTE).exists():
+        parts.append((out / NOTE).read_text(encoding="utf-8").strip())
     if (out / f"{study.name}.png").exists():
         parts.append(f"![{study.title}]({study.name}.png)")
     done = sum(len(outcome.summaries) == len(study.seeds_of(outcome.row)) for outcome in outcomes)
