@@ -274,6 +274,9 @@ def test_the_gradient_of_the_minimum_is_the_gradient_at_the_minimum():
 # --- Theorem 5.1 ----------------------------------------------------------------------------------------------------
 
 STRENGTHS = [0.2 / 2**i for i in range(6)]
+# as docs/theory.md prints them, for K = 3; the third row is the first
+ONE_SIDED = [5.6e-2, 2.8e-2, 1.4e-2, 7.2e-3, 3.6e-3, 1.8e-3]
+SYMMETRIC = [2.1e-3, 5.3e-4, 1.3e-4, 3.3e-5, 8.3e-6, 2.1e-6]
 
 
 def nudged(blocks, x, y, lam, beta):
@@ -300,6 +303,8 @@ def test_theorem_5_1_one_sided_nudging_converges_with_order_1(K):
     errors = [distance([g / b for g in nudged(blocks, x, y, 1.0, b)], expected) for b in STRENGTHS]
     assert errors[-1] < 0.01
     assert orders(errors)[-3:] == pytest.approx([1.0] * 3, abs=0.05)
+    if K == 3:
+        assert errors == pytest.approx(ONE_SIDED, rel=0.05)
 
 
 @pytest.mark.parametrize("K", [2, 3, 4])
@@ -313,6 +318,8 @@ def test_theorem_5_1_symmetric_nudging_converges_with_order_2(K):
         errors.append(distance([(p - m) / (2 * b) for p, m in zip(up, down, strict=True)], expected))
     assert errors[-1] < 1e-3
     assert orders(errors)[-3:] == pytest.approx([2.0] * 3, abs=0.05)
+    if K == 3:
+        assert errors == pytest.approx(SYMMETRIC, rel=0.05)
 
 
 @pytest.mark.parametrize("K", [2, 3, 4])
@@ -323,6 +330,8 @@ def test_theorem_5_1_in_the_limit_of_a_large_penalty(K):
     errors = [distance(nudged(blocks, x, y, 1 / b, 1.0), expected) for b in STRENGTHS]
     assert errors[-1] < 0.01
     assert orders(errors)[-3:] == pytest.approx([1.0] * 3, abs=0.05)
+    if K == 3:
+        assert errors == pytest.approx(ONE_SIDED, rel=0.05)
 
 
 def test_only_the_ratio_of_nudge_and_penalty_moves_the_minimum():
@@ -400,6 +409,14 @@ def test_with_three_blocks_one_sweep_solved_is_damped_at_any_penalty():
         expected = flat(torch.autograd.grad(block(inputs), [*block.parameters()], damped[k][None]))
         torch.testing.assert_close(found[k], expected, rtol=1e-4, atol=1e-8)
     assert distance(found, backprop(blocks, x, y)) > 0.05
+
+
+def test_the_error_of_one_sweep_solved_stays_where_the_joint_minimums_falls():
+    """On the network of the table in docs/theory.md, for all its examples."""
+    blocks, x, y = network(3)
+    for lam in (1e2, 1e4, 1e6):
+        assert distance(solved_sweep(blocks, x, y, lam), backprop(blocks, x, y)) == pytest.approx(0.16, abs=0.01)
+        assert distance(nudged(blocks, x, y, lam, 1.0), backprop(blocks, x, y)) == pytest.approx(0.28 / lam, rel=0.1)
 
 
 def test_sweeps_repeated_reach_the_joint_minimum():
