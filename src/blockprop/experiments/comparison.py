@@ -53,6 +53,7 @@ class Plan:
 
 
 OnRun = Callable[[Planned, dict[str, Any], float], None]
+OnStart = Callable[[Planned], None]
 
 
 def compare(
@@ -98,7 +99,13 @@ def folder_name(name: str) -> str:
 
 
 def work_off(
-    plans: Iterable[Plan], *, jobs: int = 1, quiet: bool = False, lean: bool = False, on_run: OnRun | None = None
+    plans: Iterable[Plan],
+    *,
+    jobs: int = 1,
+    quiet: bool = False,
+    lean: bool = False,
+    on_run: OnRun | None = None,
+    on_start: OnStart = lambda _planned: None,
 ) -> None:
     """Make all runs of the plans, the first plans first; what is finished is not made again.
 
@@ -109,6 +116,7 @@ def work_off(
         lean: keep configuration, metrics and summary of a finished run alone, not its weights and checkpoints.
         on_run: called with each run, its summary, and the seconds it took: for a finished run that was found in its
             folder, those of its training.
+        on_start: called with each run before it.
 
     Raises:
         ValueError: jobs below 1, a folder that holds a run with other settings, a user's mistake in the settings, or a
@@ -133,6 +141,7 @@ def work_off(
                     ready.extend((opened, planned) for planned in opened.plan.runs)
                     continue
                 opened, planned = ready.popleft()
+                on_start(planned)
                 future = pool.submit(_one, planned, quiet=quiet or jobs > 1, lean=lean)
                 running[future] = (opened, planned)
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -1,5 +1,10 @@
 """What a person sees of a run or of many: a live bar on a terminal, a line an epoch or a run elsewhere."""
 
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from types import TracebackType
 
@@ -8,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from blockprop.experiments.settings import Settings
+from blockprop.metrics import read_metrics
 from blockprop.training import Training
 
 __all__ = ["Progress", "SweepProgress"]
@@ -70,8 +76,32 @@ def _figure(accuracy: float | None, loss: float) -> str:
     return f"{loss:.4f}" if accuracy is None else f"{accuracy:.2%}"
 
 
+_LOOK, _SAY = 5.0, 600.0
+"""Seconds after which a sweep looks at the runs that are going on, and says so where there is no terminal."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    row: str
+    name: str
+    folder: Path
+    settings: Settings
+
+    def so_far(self) -> tuple[float, float]:
+        """Its share that is done, and the seconds that it took, by the last row of its metrics."""
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        if not rows:
+            return 0.0, 0.0
+        whole, done = (
+            (self.settings.steps, "step") if self.settings.steps else (self.settings.resolved().epochs, "epoch")
+        )
+        return (min(1.0, rows[-1][done] / whole) if whole else 0.0), rows[-1].get("seconds", 0.0)
+
+
 class SweepProgress:
-    """Shows how many of many runs are done, and the time left, estimated from how long finished ones took.
+    """Shows how many of many runs are done, how far those are that go on, and the time left.
+
+    The time is estimated from how long finished runs took; before one has, from how far those have come that go on.
 
     Args:
         title: what is run.
@@ -85,46 +115,81 @@ class SweepProgress:
         self.expected = dict(expected)
         self.durations: dict[str, list[float]] = {row: [] for row in expected}
         self.jobs = jobs
+        self.running: dict[Path, _Running] = {}
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._look, daemon=True)
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=self.console,
             transient=True,
             disable=quiet or not self.console.is_terminal,
         )
-        self.task = self.bar.add_task(title, total=sum(expected.values()), left="")
+        self.task = self.bar.add_task(title, total=sum(expected.values()), left="", now="")
 
     def __enter__(self) -> "SweepProgress":
         self.bar.start()
+        self._watch.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
+        self._watch.join()
         self.bar.stop()
 
     def seconds_left(self) -> float:
         """The time that the runs to come will take: each what those of its row took, or those of all rows."""
-        all_runs = [seconds for row in self.durations.values() for seconds in row]
+        known = {row: list(seconds) for row, seconds in self.durations.items()}
+        spent = 0.0
+        for one in list(self.running.values()):
+            share, seconds = one.so_far()
+            spent += seconds
+            if share and not self.durations[one.row]:
+                known[one.row].append(seconds / share)
+        all_runs = [seconds for row in known.values() for seconds in row]
         if not all_runs:
             return 0.0
         left = [
-            max(0, count - len(self.durations[row])) * fmean(self.durations[row] or all_runs)
+            max(0, count - len(self.durations[row])) * fmean(known[row] or all_runs)
             for row, count in self.expected.items()
         ]
-        return sum(left) / self.jobs
+        return max(0.0, sum(left) - spent) / self.jobs
 
-    def finished(self, row: str, seconds: float, note: str) -> None:
+    def started(self, row: str, name: str, folder: Path, settings: Settings) -> None:
+        """A run of a row goes on in a folder."""
+        self.running[folder] = _Running(row, name, folder, settings)
+
+    def finished(self, row: str, seconds: float, note: str, folder: Path | None = None) -> None:
         """Count a run of a row in, and say what came of it."""
+        if folder is not None:
+            self.running.pop(folder, None)
         self.durations[row].append(seconds)
         done = sum(map(len, self.durations.values()))
         total = sum(self.expected.values())
         left = _duration(self.seconds_left())
         self.bar.update(self.task, completed=done, left=left)
         self.console.print(f"{done}/{total} {note} ({left} left)", soft_wrap=True)
+
+    def _look(self) -> None:
+        """Show how far the runs are that go on; now and then where there is no terminal."""
+        said = time.monotonic()
+        while not self._ended.wait(_LOOK):
+            now = ", ".join(_shown(self.running.values()))
+            left = _duration(self.seconds_left())
+            self.bar.update(self.task, now=now, left=left)
+            if not self.console.is_terminal and time.monotonic() - said >= _SAY:
+                said = time.monotonic()
+                self.console.print(f"going on: {now} ({left} left)", soft_wrap=True)
+
+
+def _shown(running: Iterable[_Running]) -> list[str]:
+    return [f"{one.name} {one.so_far()[0]:.0%}" for one in list(running)]
 
 
 def _duration(seconds: float) -> str:

@@ -182,14 +182,20 @@ def run_study(
     left = dict(expected)
     with SweepProgress(study.title, expected, jobs=jobs, quiet=quiet) as progress:
 
+        def row_of(planned: Planned) -> Row:
+            return next(rows[folder] for folder in planned.folder.parents if folder in rows)
+
+        def started(planned: Planned) -> None:
+            progress.started(row_of(planned).name, planned.name, planned.folder, planned.settings)
+
         def done(planned: Planned, summary: dict[str, Any], seconds: float) -> None:
-            row = next(rows[folder] for folder in planned.folder.parents if folder in rows)
-            progress.finished(row.name, seconds, f"{planned.name}: {_result(row, summary)}")
+            row = row_of(planned)
+            progress.finished(row.name, seconds, f"{planned.name}: {_result(row, summary)}", planned.folder)
             left[row.name] -= 1
             if on_row and not left[row.name]:
                 on_row(row)
 
-        work_off(_plans(study, rows), jobs=jobs, quiet=True, lean=True, on_run=done)
+        work_off(_plans(study, rows), jobs=jobs, quiet=True, lean=True, on_run=done, on_start=started)
 
 
 def _plans(study: Study, rows: dict[Path, Row]) -> list[Plan]:
