@@ -56,7 +56,7 @@ def _by_penalty(panel: str, base: Settings, penalties: Sequence[float]) -> Itera
 
 
 def _by_step_sizes(panel: str, base: Settings, quick: bool) -> Iterable[Row]:
-    """Backprop with block 1's lowered to match; then block 1's raised by 1 / (2λγ_h) or a part of it, or block 2's lowered."""
+    """Backprop with block 1's lowered to match; block 1's raised by 1 / (2λγ_h) or a part of it; block 2's lowered."""
     yield _matched(panel, base, 1e-3, "C0")
     if not quick:
         yield _matched(panel, base, 1.0, "C1")
