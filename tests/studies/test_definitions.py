@@ -79,7 +79,7 @@ def test_the_gap_has_every_method_on_every_network_with_an_equal_search():
         assert {row.label for row in rows} == methods
         assert len({row.lrs for row in rows}) == 1 and len(rows[0].lrs) >= 3
         assert len({(row.settings.epochs, row.settings.steps, row.settings.batch_size) for row in rows}) == 1
-        assert {len(study.seeds_of(row)) for row in rows} == {5 if "MLP" in panel else 3}
+        assert {len(study.seeds_of(row)) for row in rows} == {10 if "100" in panel else 5 if "MLP" in panel else 3}
 
 
 def outcome(row, accuracies):
