@@ -22,8 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Gauss-Newton": {"form": "proximal", "h_solver": "gauss-newton"},
 }
 
-# Shares held out that leave whole batches of 2^n, where an epoch is run to its end: no factor of the exact form then
-# rounds.
+# Shares held out that leave whole batches, where an epoch is run to its end.
 _IMAGES, _TEXT = 0.104, 0.1109
 
 
@@ -134,10 +133,11 @@ against backprop, not how far each network gets.
 - Gauss-Newton: the proximal form with λ = 1 and one Gauss-Newton h-step of at most five conjugate gradient iterations.
 - Backprop does not depend on K: it is run once and shown for every K.
 
-Every batch is whole, by the share held out for validation or by the number of steps. With 2^n predictions in a batch
-no factor of the exact form rounds, and it has backprop's numbers to the last bit. In other batches its last bits
-differ from backprop's, and training makes of that a difference such as between two seeds: the rows with batches of 100
-show it. The ResNet's validation part has 1,000 images, and an accuracy there a standard deviation of 1.5 points: among
+Every batch is whole, by the share held out for validation or by the number of steps. The exact form has backprop's
+numbers to the last bit in all of these runs, in batches of 100 as in those of 2^n predictions, where no factor of it
+rounds.
+
+The ResNet's validation part has 1,000 images, and an accuracy there a standard deviation of 1.5 points: among
 step sizes that are nearly as good it chooses by chance.
 """
 
