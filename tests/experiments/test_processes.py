@@ -180,12 +180,14 @@ def test_weights_of_an_earlier_end_are_not_assembled(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", *TWO, *PROCESSES, "--steps", "20", "--out", str(out)]) == 0
     process = start(*BLOCKPROP, "train", "--resume", "--steps", "100000", "--quiet", "--out", str(out))
-    deadline = time.monotonic() + 60
-    while any((out / f"block-{k}" / "model.safetensors").exists() for k in (1, 2)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    ended(process)
+    try:
+        deadline = time.monotonic() + 60
+        while any((out / f"block-{k}" / "model.safetensors").exists() for k in (1, 2)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.terminate()
+        ended(process)
     assert main(["assemble", str(out)]) == 2
     assert "expected a finished run" in capsys.readouterr().err
 

@@ -107,7 +107,7 @@ def join(
             rendezvous.wait(f"left/{one.name}", 60)
         return summary
     except LostError as error:
-        raise LostError(why_lost(rendezvous, place, error)) from error
+        raise LostError(why_lost(rendezvous, place, error, block.failure)) from error
     except (ValueError, OSError) as error:
         rendezvous.fail(place.name, f"{first_line(error)}")
         _linger(serving)
@@ -136,7 +136,7 @@ def _linger(serving: bool) -> None:
 
 def _watch(rendezvous: Rendezvous, block: "_Block", loud: bool) -> None:
     """Let what waits know when the run has failed elsewhere; end a process that does not hear of it."""
-    failure = watch(rendezvous, block.finished, block.lose)
+    failure = watch(rendezvous, block.finished, block.lose, block.failure)
     if failure is not None and not block.finished.wait(PATIENCE):
         if loud:
             print(f"blockprop: stopped, since {failure['where']} failed: {failure['why']}", file=sys.stderr, flush=True)
@@ -172,6 +172,7 @@ class _Block:
         self._neighbours: Neighbours | None = None
         self._held = Held()  # at most
         self._passed_over = 0
+        self.failure: dict[str, str] = {}  # of the run, once it is known here
 
     def lose(self, why: str) -> None:
         """End what waits for a neighbour."""
