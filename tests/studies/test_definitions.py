@@ -154,7 +154,7 @@ def test_figure_3_is_drawn_and_told(tmp_path):
     run_study(study, tmp_path, quiet=True)
     publish(study, tmp_path, "the command")
     told = (tmp_path / "README.md").read_text()
-    assert told.count("| matched, λ = 0.001 |") == 3
+    assert told.count("| matched, λ = 0.001 |") == 2
     assert "K = 2, weight decay" in told and "Unfinished" not in told
     assert (tmp_path / "figure-3.png").stat().st_size > 10_000
 

@@ -72,7 +72,7 @@ def _rows(base: Settings, steps: int, quick: bool) -> Iterable[Row]:
     for panel, there in ((_MAIN, base), (_DROPOUT, replace(base, dropout=0.2))):
         yield from _references(panel, there)
         yield from _by_penalty(panel, there, penalties)
-        if not quick or panel == _MAIN:
+        if panel == _MAIN:
             yield from _by_step_sizes(panel, there, quick)
     decayed = replace(base, weight_decay=_decay(steps))
     yield from _references(_DECAY, decayed)
