@@ -139,11 +139,9 @@ class LateStage:
         """What is kept here beside the block's own weights, gradients and optimizer state."""
         kept = [value for flight in self.flights.values() for value in (flight.input, flight.output)]
         copies = [*(flight.weights for flight in self.flights.values()), *([self._copy[1]] if self._copy else [])]
-        own = {p.data_ptr() for p in self.stage.block.parameters()}
-        # flights between two updates share their copy
-        stashed = {w.data_ptr(): w for weights in copies for w in weights.values() if w.data_ptr() not in own}
+        stashed = {id(weights): weights for weights in copies}  # flights between two updates share theirs
         cached = self.cache.size(self.cache.shapes) if self.cache is not None and self.cache.shapes else 0
-        return Held(_bytes(kept), _bytes(stashed.values()), cached)
+        return Held(_bytes(kept), sum(_bytes(weights.values()) for weights in stashed.values()), cached)
 
     def forward(self, number: int, inputs: Tensor, tick: int, *, quiet: bool = False) -> Tensor:
         """Evaluate the block on a batch, and keep it on its way.

@@ -1,12 +1,14 @@
 """What lies at a process until it is taken."""
 
 import threading
+import time
 
 import pytest
 import torch
 from meeting import together
 
 from blockprop.runtime import LostError, Neighbours, Place
+from blockprop.runtime import edge as edges
 from blockprop.runtime.edge import Post
 from blockprop.runtime.message import Message
 
@@ -71,3 +73,25 @@ def test_a_message_of_an_unknown_dtype_ends_the_run():
                 neighbours.post.take("feedback", 0)
 
     together(2, work)
+
+
+def test_what_is_left_is_sent_as_long_as_messages_go(monkeypatch):
+    """Eight that take longer together than the patience with one."""
+    pack = edges.pack
+
+    def slowly(*args):
+        time.sleep(0.15)
+        return pack(*args)
+
+    monkeypatch.setattr(edges, "pack", slowly)
+
+    def work(rank, rendezvous):
+        neighbours = Neighbours(Place.of_rank(rank, 2), rendezvous)
+        if rank == 0:
+            for number in range(8):
+                neighbours.above.send(Message("output", number, [torch.ones(2)]))
+            neighbours.above.close(timeout=0.4)
+            return neighbours.above.sent_messages  # a process may end now, and with it whatever sends
+        return sum(neighbours.post.take("output", number).number == number for number in range(8))
+
+    assert together(2, work) == [8, 8]

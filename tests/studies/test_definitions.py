@@ -98,6 +98,7 @@ def test_the_check_of_the_gap_is_one_pooled_standard_deviation(shift, passed):
     assert pooled_sd(base, base) == pytest.approx(0.01)
     told = study.tell(study, [outcome(backprop, base), outcome(exact, [a - shift for a in base])])
     assert f"in {int(passed)} of 1 finished rows" in told
+    assert f"In {int(shift == 0)} of them test loss and accuracy are backprop's" in told
 
 
 def test_an_unfinished_row_is_not_judged():

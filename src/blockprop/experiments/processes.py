@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -44,7 +43,7 @@ from blockprop.latestage import Held
 from blockprop.metrics import Metrics
 from blockprop.partial import build_block, tensor_bytes
 from blockprop.runtime import FreeRunningExecutor, LostError, Neighbours, Place, Rendezvous
-from blockprop.runtime.failure import PATIENCE, watch, why_lost
+from blockprop.runtime.failure import PATIENCE, fail, watch, why_lost
 from blockprop.runtime.rendezvous import LOOPBACK, serves_the_store
 from blockprop.training import Training
 
@@ -107,36 +106,28 @@ def join(
             rendezvous.wait(f"left/{one.name}", 60)
         return summary
     except LostError as error:
-        raise LostError(why_lost(rendezvous, place, error, block.failure)) from error
+        raise LostError(why_lost(rendezvous, place, error)) from error
     except (ValueError, OSError) as error:
-        rendezvous.fail(place.name, f"{first_line(error)}")
-        _linger(serving)
+        fail(rendezvous, place, first_line(error), serving=serving)
         raise
     except KeyboardInterrupt:
-        rendezvous.fail(place.name, "it was stopped")
-        _linger(serving)
+        fail(rendezvous, place, "it was stopped", serving=serving)
         raise
     except BaseException as error:
         path = block.folder / "error.txt"
-        rendezvous.fail(place.name, f"{type(error).__name__}: {first_line(error)} (all of it is in {path})")
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(traceback.format_exc(), encoding="utf-8")
-        _linger(serving)
+        why = f"{type(error).__name__}: {first_line(error)} (all of it is in {path})"
+        fail(rendezvous, place, why, serving=serving)
         raise
     finally:
         watching.join(1.0)
 
 
-def _linger(serving: bool) -> None:
-    """With this process its store goes, where the others look up what happened."""
-    if serving:
-        time.sleep(1.0)
-
-
 def _watch(rendezvous: Rendezvous, block: "_Block", loud: bool) -> None:
     """Let what waits know when the run has failed elsewhere; end a process that does not hear of it."""
-    failure = watch(rendezvous, block.finished, block.lose, block.failure)
+    failure = watch(rendezvous, block.finished, block.lose)
     if failure is not None and not block.finished.wait(PATIENCE):
         if loud:
             print(f"blockprop: stopped, since {failure['where']} failed: {failure['why']}", file=sys.stderr, flush=True)
@@ -171,8 +162,6 @@ class _Block:
         self.finished = threading.Event()
         self._neighbours: Neighbours | None = None
         self._held = Held()  # at most
-        self._passed_over = 0
-        self.failure: dict[str, str] = {}  # of the run, once it is known here
 
     def lose(self, why: str) -> None:
         """End what waits for a neighbour."""
@@ -281,8 +270,6 @@ class _Block:
         def on_step(training: Training) -> None:
             assert isinstance(algo.executor, PipelinedExecutor | FreeRunningExecutor)
             self._held = self._held.most(algo.executor.held())
-            if isinstance(algo.executor, FreeRunningExecutor):
-                self._passed_over = algo.executor.passed
             reporter.update(training)
 
         training = training_of(settings, algo, dataset, on_step)
@@ -313,7 +300,8 @@ class _Block:
             "busy": 1 - training.waited / training.seconds if training.seconds else 0.0,
         }
         if settings.newest:
-            own["passed_over"] = self._passed_over
+            assert isinstance(training.algo, BlockProp) and isinstance(training.algo.executor, FreeRunningExecutor)
+            own["passed_over"] = training.algo.executor.passed
         rendezvous.write(f"done/{place.name}", own)
         summary["processes"] = {one.name: rendezvous.wait(f"done/{one.name}", 600) for one in places(settings)}
         if place.top and place.replica == 0:

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -80,7 +79,7 @@ _LOOK, _SAY = 5.0, 600.0
 """Seconds after which a sweep looks at the runs that are going on, and says so where there is no terminal."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Running:
     row: str
     name: str
@@ -145,10 +144,15 @@ class SweepProgress:
 
     def seconds_left(self) -> float:
         """The time that the runs to come will take: each what those of its row took, or those of all rows."""
+        return self._seconds_left(self._so_far())
+
+    def _so_far(self) -> dict[_Running, tuple[float, float]]:
+        return {one: one.so_far() for one in list(self.running.values())}
+
+    def _seconds_left(self, so_far: dict[_Running, tuple[float, float]]) -> float:
         known = {row: list(seconds) for row, seconds in self.durations.items()}
         spent = 0.0
-        for one in list(self.running.values()):
-            share, seconds = one.so_far()
+        for one, (share, seconds) in so_far.items():
             spent += seconds
             if share and not self.durations[one.row]:
                 known[one.row].append(seconds / share)
@@ -180,16 +184,13 @@ class SweepProgress:
         """Show how far the runs are that go on; now and then where there is no terminal."""
         said = time.monotonic()
         while not self._ended.wait(_LOOK):
-            now = ", ".join(_shown(self.running.values()))
-            left = _duration(self.seconds_left())
+            so_far = self._so_far()
+            now = ", ".join(f"{one.name} {share:.0%}" for one, (share, _) in so_far.items())
+            left = _duration(self._seconds_left(so_far))
             self.bar.update(self.task, now=now, left=left)
             if not self.console.is_terminal and time.monotonic() - said >= _SAY:
                 said = time.monotonic()
                 self.console.print(f"going on: {now} ({left} left)", soft_wrap=True)
-
-
-def _shown(running: Iterable[_Running]) -> list[str]:
-    return [f"{one.name} {one.so_far()[0]:.0%}" for one in list(running)]
 
 
 def _duration(seconds: float) -> str:

@@ -237,16 +237,12 @@ class Edge:
         Args:
             timeout: seconds without a message sent, and then without the goodbye, after which it is given up.
         """
-        goodbye = False
-        while self._sender.is_alive():
+        before = -1
+        while self._sender.is_alive() and self._handed > before:  # a slow link is waited for, one that stands still not
             before = self._handed
             with contextlib.suppress(queue.Full):
-                if not goodbye:
-                    self._outbox.put(None, timeout=timeout)
-                goodbye = True
-            self._sender.join(timeout)
-            if self._handed == before:
-                break
+                self._outbox.put(None, timeout=timeout)  # the sender ends at the first
+                self._sender.join(timeout)
         self._receiver.join(timeout)
         self._closing = True
 

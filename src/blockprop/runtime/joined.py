@@ -4,14 +4,13 @@ import atexit
 import os
 import sys
 import threading
-import time
 from types import TracebackType
 from typing import Any, Literal
 
 from blockprop.errors import first_line
 from blockprop.executors import Executor, PipelinedExecutor
 from blockprop.runtime.edge import Post
-from blockprop.runtime.failure import watch, why_lost
+from blockprop.runtime.failure import fail, watch, why_lost
 from blockprop.runtime.freerunning import FreeRunningExecutor
 from blockprop.runtime.group import LostError
 from blockprop.runtime.message import Precision
@@ -87,10 +86,9 @@ def _say_what_ends_it(rendezvous: Rendezvous, place: Place) -> None:
             print(f"blockprop: {place.name} {why_lost(rendezvous, place, error)}", file=sys.stderr)
         else:
             stopped = issubclass(kind, KeyboardInterrupt)
-            rendezvous.fail(place.name, "it was stopped" if stopped else f"{kind.__name__}: {first_line(error)}")
             before(kind, error, trace)
-            if serves_the_store():
-                time.sleep(1.0)  # with this process its store goes, where the others look up what happened
+            why = "it was stopped" if stopped else f"{kind.__name__}: {first_line(error)}"
+            fail(rendezvous, place, why, serving=serves_the_store())
         sys.stdout.flush()
         sys.stderr.flush()
         if not hasattr(sys, "ps1"):  # not at a prompt: threads that wait for a neighbour would abort the interpreter

@@ -184,6 +184,7 @@ class Rendezvous:
                 "expected the process that serves it to be up, and its port to be reachable"
             ) from error
         self._prefix = prefix
+        self._failure: dict[str, str] = {}  # once it is known here, also when the store is gone; shared with `again`
         self.store: Store = PrefixStore(prefix, self._tcp)
 
     @classmethod
@@ -211,7 +212,7 @@ class Rendezvous:
         """Another connection to the same store, for another thread: a call that waits holds up its connection."""
         other = object.__new__(Rendezvous)
         other._tcp, other._prefix = self._tcp.clone(), self._prefix  # type: ignore[attr-defined]
-        other.patience = self.patience
+        other.patience, other._failure = self.patience, self._failure
         other.store = PrefixStore(self._prefix, other._tcp)
         return other
 
@@ -251,5 +252,6 @@ class Rendezvous:
 
     def failure(self) -> dict[str, str] | None:
         """What went wrong first, and where: keys "where" and "why"; None while all is well."""
-        found: dict[str, str] | None = self.read("failure")
-        return found
+        if not self._failure:
+            self._failure |= self.read("failure") or {}
+        return self._failure or None

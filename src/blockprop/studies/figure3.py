@@ -55,25 +55,24 @@ def _by_penalty(panel: str, base: Settings, penalties: Sequence[float]) -> Itera
         yield Row(panel, f"λ = {penalty:g}", _published(base, penalty), style=(("color", f"C{index}"),))
 
 
-def _by_step_sizes(panel: str, base: Settings, quick: bool) -> Iterable[Row]:
-    """Backprop with block 1's lowered to match; block 1's raised by 1 / (2λγ_h) or a part of it; block 2's lowered."""
-    yield _matched(panel, base, 1e-3, "C0")
-    if not quick:
-        yield _matched(panel, base, 1.0, "C1")
-    chosen = ((1e-3, 2500.0, LR), (1.0, 2.5, LR), (1.0, 0.5, LR), (1.0, LR, 0.01))
-    for index, (penalty, below, above) in enumerate(chosen[:1] if quick else chosen):
-        label = f"λ = {penalty:g}, γ_B1 = {below:g}, γ_B2 = {above:g}"
-        settings = _published(base, penalty, block_lr=(below, above))
-        yield Row(panel, label, settings, style=(("color", f"C{5 + index}"),))
-
-
 def _rows(base: Settings, steps: int, quick: bool) -> Iterable[Row]:
     penalties = (1e-3, 1.0, 50.0) if quick else (1e-3, 1.0, 10.0, 50.0)
-    for panel, there in ((_MAIN, base), (_DROPOUT, replace(base, dropout=0.2))):
-        yield from _references(panel, there)
-        yield from _by_penalty(panel, there, penalties)
-        if panel == _MAIN:
-            yield from _by_step_sizes(panel, there, quick)
+    yield from _references(_MAIN, base)
+    yield from _by_penalty(_MAIN, base, penalties)
+    yield _matched(_MAIN, base, 1e-3, "C0")
+    if not quick:
+        yield _matched(_MAIN, base, 1.0, "C1")
+    # block 1's step size raised by 1 / (2λγ_h), or part of the way; and block 2's lowered
+    for index, (penalty, below, above) in enumerate(
+        ((1e-3, 2500.0, LR), (1.0, 2.5, LR), (1.0, 0.5, LR), (1.0, LR, 0.01))
+    ):
+        if not quick or index == 0:
+            label = f"λ = {penalty:g}, γ_B1 = {below:g}, γ_B2 = {above:g}"
+            settings = _published(base, penalty, block_lr=(below, above))
+            yield Row(_MAIN, label, settings, style=(("color", f"C{5 + index}"),))
+    dropped = replace(base, dropout=0.2)
+    yield from _references(_DROPOUT, dropped)
+    yield from _by_penalty(_DROPOUT, dropped, penalties)
     decayed = replace(base, weight_decay=_decay(steps))
     yield from _references(_DECAY, decayed)
     yield from _by_penalty(_DECAY, decayed, (1e-3, 50.0))
