@@ -6,7 +6,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from cyclopts import Parameter
 
 from blockprop.experiments.folder import read_json
@@ -124,8 +123,6 @@ def assemble(
 
 def _joined(settings: Settings, out: Path, *, resume: bool) -> Settings:
     """Settings of a run that several processes come to on their own, each of which looks at the folder by itself."""
-    # before anything is computed: what several threads have once added up may differ in its last bits
-    torch.set_num_threads(settings.threads or 1)
     if resume:
         return resumed(settings, out)
     if (out / "summary.json").exists() or any(out.glob("block-*/checkpoints/*")):
