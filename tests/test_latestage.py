@@ -9,7 +9,8 @@ from blockprop.cache import GluingCache
 from blockprop.correction import Correction
 from blockprop.curvature import Constant
 from blockprop.gluing import Gluing
-from blockprop.latestage import Held, LateStage
+from blockprop.held import Held
+from blockprop.latestage import LateStage
 from conftest import batch, mlp, sgd
 
 
@@ -43,8 +44,3 @@ def test_what_is_held_has_the_whole_cache():
     output = late.forward(0, x, 0)
     late.learn(0, Gluing(output, torch.ones_like(output), 8), 1.0, 1, ids=torch.arange(8))
     assert late.held().cache == cache.size([output.shape[1:]])
-
-
-def test_the_most_is_the_most_of_each():
-    assert Held(1, 5, 0).most(Held(3, 2, 4)) == Held(3, 5, 4)
-    assert Held(1, 5, 0) + Held(3, 2, 4) == Held(4, 7, 4)

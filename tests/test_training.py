@@ -9,9 +9,8 @@ from torch import nn
 import blockprop
 from blockprop.checkpoint import Checkpoints
 from blockprop.data import Dataset
-from blockprop.executors.executor import LinkReport, StepReport
 from blockprop.metrics import Metrics, read_metrics
-from blockprop.training import Means, Training, score
+from blockprop.training import Training, score
 
 
 def dataset(n=50):
@@ -192,13 +191,3 @@ def test_another_runs_checkpoints_are_not_mixed_with_ones_own(tmp_path):
 def test_things_of_another_kind(arguments, settings, message):
     with pytest.raises(ValueError, match=message):
         Training(*arguments, epochs=1, **settings)
-
-
-def test_what_an_older_checkpoint_has_not_does_not_dilute_the_means():
-    link = LinkReport(torch.tensor(1.0), 1, 0.0, converged=True, stable=True, age=2.0, drift=0.1, curvature=0.5)
-    old = {"examples": 8, "loss": 4.0, "gluing": [8.0], "age": [16.0], "drift": [0.8]}
-    means = Means.restored(old)
-    means.add(StepReport(0.5, 8, [link]))
-    assert means.values()["curvature"] == [0.5]
-    assert means.values()["age"] == [2.0]
-    assert means.values()["drift"] == pytest.approx([0.1])

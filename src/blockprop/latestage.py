@@ -10,7 +10,7 @@ whoever runs it moves the messages.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from blockprop.cache import GluingCache
 from blockprop.correction import Correction
 from blockprop.evaluation import Evaluation
 from blockprop.gluing import Gluing
+from blockprop.held import Held
 from blockprop.losses import OutputLoss
 from blockprop.objective import LossTerm, TargetTerm, UpperTerm
 from blockprop.probe import Points, Probe
 from blockprop.stage import Feedback, Stage
 from blockprop.ways import averaged, projected
 
-__all__ = ["Held", "LateStage", "Learnt"]
+__all__ = ["LateStage", "Learnt"]
 
 Ask = Callable[[Points], Points | None]
 """Slopes at some outputs of a block, from the blocks above it; None if they will come later (`LateStage.measured`)."""
@@ -55,28 +56,6 @@ class Learnt:
     limited: float = 0.0
     input_age: float = math.nan
     cached: bool = False
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes that a stage keeps beside weights, gradients and optimizer state.
-
-    Attributes:
-        activations_in_flight: inputs and outputs of batches whose feedback has not come.
-        stashed_weights: copies of weights that batches were forwarded with.
-        cache: of the gluing cache, in memory or mapped.
-    """
-
-    activations_in_flight: int = 0
-    stashed_weights: int = 0
-    cache: int = 0
-
-    def most(self, other: "Held") -> "Held":
-        """The larger of each."""
-        return Held(*map(max, astuple(self), astuple(other)))
-
-    def __add__(self, other: "Held") -> "Held":
-        return Held(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class LateStage:

@@ -20,7 +20,8 @@ from blockprop.executors.executor import StepReport, check_finite
 from blockprop.executors.mail import LocalMail, Mail, Remote
 from blockprop.executors.tally import Tally
 from blockprop.executors.turns import Turns
-from blockprop.latestage import Held, LateStage
+from blockprop.held import Held
+from blockprop.latestage import LateStage
 from blockprop.losses import OutputLoss
 from blockprop.schedules import Action, Latency, Tick, delay, delays, parallel, pipelined, sequential
 from blockprop.stage import Stage

@@ -39,7 +39,7 @@ from blockprop.experiments.ingredients import (
     weights_of,
 )
 from blockprop.experiments.settings import Settings
-from blockprop.latestage import Held
+from blockprop.held import Held
 from blockprop.metrics import Metrics
 from blockprop.partial import build_block, tensor_bytes
 from blockprop.runtime import FreeRunningExecutor, LostError, Neighbours, Place, Rendezvous

@@ -18,7 +18,8 @@ from blockprop.correction import Correction
 from blockprop.executors.executor import StepReport, check_finite
 from blockprop.executors.pipelined import check_cached, check_form
 from blockprop.executors.tally import Tally
-from blockprop.latestage import Held, LateStage
+from blockprop.held import Held
+from blockprop.latestage import LateStage
 from blockprop.probe import Points
 from blockprop.runtime.mail import feedback_message, gluing_of, output_message, output_of
 from blockprop.runtime.message import Message
