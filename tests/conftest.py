@@ -1,5 +1,6 @@
 """What the tests share: small networks in float64, and their gradients."""
 
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,13 @@ import blockprop
 def _one_thread_and_a_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def sgd(lr: float = 0.1):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from benchmarks.pipelines.processes import Crew, FailedError, Place
 from blockprop import cli
 from blockprop.experiments.settings import Settings
 from blockprop.metrics import read_metrics
-from blockprop.runtime.rendezvous import free_port
+from blockprop.runtime.rendezvous import LOOPBACK
 
 _PORT, _POLL = 29571, 0.5
 _DIVERGED = "training diverged"  # as a run says it
@@ -127,7 +128,7 @@ def train(
     """
     with tempfile.TemporaryDirectory(prefix="blockprop-pipelines-") as folder:
         out = Path(folder) / "run"
-        port = _PORT if places[0].namespace else free_port()
+        port = _PORT if places[0].namespace else _free_port()
         settings = {"commands": commands(flags, out, places, port), "log": str(Path(folder) / "log")}
         try:
             with Crew(command, settings, places, limit) as crew:
@@ -142,6 +143,12 @@ def train(
             found.curve.append((found.curve[-1][0] + 1 if found.curve else 1, math.inf))
             return found
         return _read(out)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
 
 
 def _read(out: Path) -> Trained:

@@ -165,7 +165,8 @@ class Training:
         self.samples = 0
         self.seconds = 0.0
         self.waited = 0.0  # of these, for other processes
-        self.begun = (0, 0.0, 0.0)  # step, seconds and waited where this process took over
+        self._sent: dict[str, int] = {}  # bytes, before this process took over
+        self.begun = (0.0, 0.0, 0)  # seconds, waited and bytes sent where it did
         self.window = Means()  # since the last row of metrics
         self._logged = 0.0  # seconds at that row
         self.epoch_means = Means()  # since the epoch began
@@ -246,15 +247,21 @@ class Training:
 
     def _log(self) -> None:
         rate = self.samples / self.seconds if self.seconds else 0.0
-        remote = self.algo.remote
         lrs = [wstep.lr for wstep, block in zip(self.algo.wsteps, self.algo.blocks, strict=True) if lives_here(block)]
         timing = {"seconds": self.seconds, "samples_per_second": rate, "lr": lrs}
-        if remote is not None:
+        if traffic := self.traffic:
             busy = 1 - self.window.waited / max(self.seconds - self._logged, 1e-9)
-            timing |= {"busy": busy, **{f"bytes_{way}": count for way, count in remote.traffic().items()}}
+            timing |= {"busy": busy, **{f"bytes_{way}": count for way, count in traffic.items()}}
         self._logged = self.seconds
         self._write("train", {**self.window.values(), **timing})
         self.window = Means()
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes that this block's process has sent so far, "up", "down", "across"; empty in one process."""
+        remote = self.algo.remote
+        now = remote.traffic() if remote is not None else {}
+        return {way: self._sent.get(way, 0) + count for way, count in now.items()}
 
     @property
     def _executor(self) -> Executor | None:
@@ -283,6 +290,7 @@ class Training:
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "position": {"step": self.step, "samples": self.samples, "seconds": self.seconds, "waited": self.waited},
+            "traffic": self.traffic,
             "window": vars(self.window),
             "epoch_means": vars(self.epoch_means),
             "last_epoch": self.last_epoch,
@@ -339,7 +347,8 @@ class Training:
             torch.cuda.set_rng_state_all(state["cuda_random"])
         self.step, self.samples, self.seconds = (state["position"][key] for key in ("step", "samples", "seconds"))
         self.waited = state["position"].get("waited", 0.0)  # not there in older checkpoints
-        self.begun = self.step, self.seconds, self.waited
+        self._sent = dict(state.get("traffic", {}))  # neither is this
+        self.begun = self.seconds, self.waited, sum(self._sent.values())
         self.window, self.epoch_means = (Means.restored(state[name]) for name in ("window", "epoch_means"))
         self.last_epoch = state["last_epoch"]
         self._logged = self.seconds

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from blockprop.runtime.rendezvous import free_port
+from conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs/processes"

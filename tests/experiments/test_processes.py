@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from blockprop.cli import main
-from blockprop.runtime.rendezvous import free_port
+from blockprop.runtime import processes
+from conftest import free_port
 
 BLOCKPROP = [sys.executable, "-m", "blockprop"]
 SMALL = ["--data", "digits", "--depth", "4", "--width", "16", "--quiet", "--threads", "1"]
@@ -43,6 +44,12 @@ def same(one: Path, other: Path):
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def rows(folder: Path):
+    """Its training rows of metrics."""
+    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in found if row["kind"] == "train"]
 
 
 def children_of(pid):
@@ -88,14 +95,11 @@ def test_the_launcher_gives_the_numbers_of_one_process(tmp_path, local):
     summary, expected = (json.loads((path / "summary.json").read_text()) for path in (out, local))
     for key in ("test_loss", "test_accuracy", "validation_loss"):
         assert summary[key] == pytest.approx(expected[key], rel=1e-6)
-    processes = summary["processes"]
-    assert processes.keys() == {"block-1", "block-2"}
-    assert processes["block-1"]["bytes_per_step"]["up"] > 60 * 16 * 4
-    assert processes["block-1"]["memory"]["weights"] == sum(
-        value.numel() * 4 for value in weights(out / "block-1").values()
-    )
-    rows = [json.loads(line) for line in (out / "block-1/metrics.jsonl").read_text().splitlines()]
-    last = [row for row in rows if row["kind"] == "train"][-1]
+    said = summary["processes"]
+    assert said.keys() == {"block-1", "block-2"}
+    assert said["block-1"]["bytes_per_step"]["up"] > 60 * 16 * 4
+    assert said["block-1"]["memory"]["weights"] == sum(value.numel() * 4 for value in weights(out / "block-1").values())
+    last = rows(out / "block-1")[-1]
     assert 0 <= last["busy"] <= 1
     assert last["age"] == [2.0]
     assert main(["assemble", str(out)]) == 2  # nothing is overwritten
@@ -173,6 +177,11 @@ def test_a_resumed_run_goes_on(tmp_path, more):
         for path in (whole, stopped):
             assert main(["assemble", str(path)]) == 0
         assert same(whole, stopped)
+        # what was sent before the stop counts
+        sent = [[row["bytes_up"] for row in rows(path / "block-1")] for path in (whole, stopped)]
+        assert sent[0] == sent[1]
+        said = [json.loads((path / "summary.json").read_text())["processes"]["block-1"] for path in (whole, stopped)]
+        assert said[0]["bytes_per_step"] == said[1]["bytes_per_step"]
 
 
 def test_weights_of_an_earlier_end_are_not_assembled(tmp_path, capsys):
@@ -276,6 +285,57 @@ def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom, blocks):
         assert error.strip() == (
             "blockprop: error: the process of block-1 was ended by signal 9, perhaps for lack of memory"
         )
+
+
+def state(pid):
+    """R, S, T for stopped, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_ctrl_z_stops_all_processes_until_the_run_goes_on(tmp_path):
+    out = tmp_path / "run"
+    launcher = start(*BLOCKPROP, "train", *TWO, *PROCESSES, "--log-every", "1", "--steps", "1000", "--out", out)
+    up(out)
+    everybody = [launcher.pid, *children_of(launcher.pid)]
+    launcher.send_signal(signal.SIGTSTP)
+    deadline = time.monotonic() + 10
+    while any(state(pid) != "T" for pid in everybody) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [state(pid) for pid in everybody] == ["T", "T", "T"]
+    launcher.send_signal(signal.SIGCONT)
+    code, _, error = ended(launcher)
+    assert (code, error) == (0, "")
+
+
+IMPATIENT = """
+import sys
+from blockprop.runtime import failure
+failure.SILENCE = 2.0
+from blockprop.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_a_frozen_process_is_noticed(tmp_path, frozen):
+    """With the first block's process the store is frozen as well."""
+    words = [sys.executable, "-c", IMPATIENT, "worker", *TWO, "--steps", "1000000", "--log-every", "5"]
+    words += ["--store", f"127.0.0.1:{free_port()}", "--out", str(tmp_path / "run")]
+    workers = {k: start(*words, "--block", str(k)) for k in (1, 2)}
+    up(tmp_path / "run")
+    began = time.monotonic()
+    workers[frozen].send_signal(signal.SIGSTOP)
+    code, _, error = ended(workers.pop(3 - frozen))
+    assert code == 3
+    assert time.monotonic() - began < 20
+    where = "store" if frozen == 1 else "block-2"
+    why = "its process has not answered" if frozen == 1 else "it has given no sign of life"
+    lines = [line for line in error.splitlines() if line.startswith("blockprop: ")]
+    assert len(lines) == 1
+    assert f"stopped, since {where} failed: {why} for 2 seconds" in lines[0]
+    workers[frozen].send_signal(signal.SIGCONT)  # it finds the others gone
+    code, _, _ = ended(workers[frozen])
+    assert code != 0
 
 
 @pytest.mark.usefixtures("hears_ctrl_c")
@@ -429,6 +489,13 @@ def test_the_one_error_is_said_once(tmp_path):
     assert out == ""
     assert error.count("error") == 1
     assert "the loss is" in error
+
+
+def test_a_store_for_others_is_opened_by_a_flag_alone(monkeypatch):
+    for name, value in {**MASTER, "MASTER_ADDR": "10.0.0.1", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"MASTER_ADDR is 10.0.0.1, where other machines meet.*expected --listen"):
+        processes()
 
 
 @pytest.mark.parametrize(

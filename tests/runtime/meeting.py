@@ -12,14 +12,14 @@ from torch import nn
 import blockprop
 from blockprop.executors import PipelinedExecutor
 from blockprop.runtime import Neighbours, Place, Rendezvous
-from blockprop.runtime.rendezvous import LOOPBACK, free_port
+from blockprop.runtime.rendezvous import LOOPBACK
 from conftest import flat, sgd
 
 
 def together(count: int, work: Callable[[int, Rendezvous], Any], timeout: float = 60.0) -> list[Any]:
     """What each of so many threads made of its rank and a rendezvous; the first error, if there was one."""
-    address = LOOPBACK, free_port()
-    host = Rendezvous(address, host=True)
+    host = Rendezvous((LOOPBACK, 0), host=True)
+    address = host.address
     made: dict[int, Any] = {}
     failed: list[BaseException] = []
 

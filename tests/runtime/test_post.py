@@ -95,3 +95,31 @@ def test_what_is_left_is_sent_as_long_as_messages_go(monkeypatch):
         return sum(neighbours.post.take("output", number).number == number for number in range(8))
 
     assert together(2, work) == [8, 8]
+
+
+def test_of_many_lengths_the_first_alone_have_calls_ahead(monkeypatch):
+    made = []
+
+    class Counted(edges._Ahead):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            if args[2] != edges._HEAD and more.get("count") != 1:
+                made.append(args[3])
+
+    monkeypatch.setattr(edges, "_Ahead", Counted)
+    monkeypatch.setattr(edges, "LENGTHS", 2)
+    sizes = [*range(1, 500, 90)] * 2
+
+    def work(rank, rendezvous):
+        neighbours = Neighbours(Place.of_rank(rank, 2), rendezvous)
+        if rank == 0:
+            for number, size in enumerate(sizes):
+                neighbours.above.send(Message("output", number, [torch.full((size, 3), float(number))]))
+        else:
+            for number, size in enumerate(sizes):
+                [value] = neighbours.post.take("output", number).values
+                assert torch.equal(value, torch.full((size, 3), float(number)))
+        neighbours.close()
+
+    together(2, work)
+    assert len(made) == len(set(made)) == 2

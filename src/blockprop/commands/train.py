@@ -14,7 +14,7 @@ from blockprop.experiments.run import checked, resumed, run
 from blockprop.experiments.run import resume as resume_run
 from blockprop.experiments.settings import Settings
 from blockprop.runtime import Place, Rendezvous
-from blockprop.runtime.rendezvous import LOOPBACK, is_loopback, parse_address
+from blockprop.runtime.rendezvous import LOOPBACK, listens_on, parse_address
 
 __all__ = ["assemble", "train", "worker"]
 
@@ -88,17 +88,13 @@ def worker(
         if not low <= value <= high:
             raise ValueError(f"--{name} is {value}; expected a number from {low} to {high}")
     serving = (block, replica) == (1, 0) if serve is None else serve
-    if is_loopback(listen) and not is_loopback(address[0]):
-        raise ValueError(
-            f"--store is at {address[0]}, where other machines meet, and this process would listen on {listen} alone; "
-            "expected --listen with this machine's address"
-        )
+    store_listens = listens_on("--store", address[0], listen)
     place = Place(block, settings.blocks, replica, settings.replicas)
     summary = join(
         settings,
         out,
         place,
-        lambda: Rendezvous(address, host=serving, listen=listen, timeout=wait, patience=wait),
+        lambda: Rendezvous(address, host=serving, listen=store_listens, timeout=wait, patience=wait),
         listen=listen,
         resume=resume,
         show=serving and not quiet,

@@ -32,14 +32,12 @@ class Reporter:
 
     def update(self, training: Training) -> None:
         """After a step."""
-        remote = training.algo.remote
-        assert remote is not None
         now = time.monotonic()
         if now < self._next and training.step < training.total_steps:
             return
         self._next = now + 0.5
-        means, sent = training.epoch_means, sum(remote.traffic().values())
-        before, waited, bytes_before = self._last or (*training.begun[1:], 0)
+        means, sent = training.epoch_means, sum(training.traffic.values())
+        before, waited, bytes_before = self._last or training.begun
         span = max(training.seconds - before, 1e-9)
         self._last = training.seconds, training.waited, sent
         score = training.score

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,7 @@ from blockprop.experiments.processes import join, places
 from blockprop.experiments.settings import Settings
 from blockprop.runtime import LostError, Place, Rendezvous
 from blockprop.runtime.failure import PATIENCE
-from blockprop.runtime.rendezvous import LOOPBACK, free_port
+from blockprop.runtime.rendezvous import LOOPBACK
 
 __all__ = ["launch"]
 
@@ -57,12 +57,37 @@ def _stopped_in_order() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _launch(settings: Settings, out: Path, temporary: str, *, resume: bool, quiet: bool) -> dict[str, Any]:
-    address = LOOPBACK, free_port()
-    rendezvous = Rendezvous(address, host=True)
-    children = {place: _start(settings, out, place, address, temporary, resume=resume) for place in places(settings)}
+@contextlib.contextmanager
+def _stopped_together(children: Collection[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Ctrl-Z stops all processes until the shell lets the launcher go on; the store here is frozen with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for child in children:
+                child.send_signal(number)
+            if number == signal.SIGSTOP:
+                os.kill(os.getpid(), number)  # and goes on here
+
+    before = signal.signal(signal.SIGTSTP, stop)
     try:
-        with Board(rendezvous, places(settings)[:: settings.replicas], settings, quiet=quiet) as board:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+
+
+def _launch(settings: Settings, out: Path, temporary: str, *, resume: bool, quiet: bool) -> dict[str, Any]:
+    rendezvous = Rendezvous((LOOPBACK, 0), host=True)
+    children = {
+        place: _start(settings, out, place, rendezvous.address, temporary, resume=resume) for place in places(settings)
+    }
+    try:
+        with (
+            _stopped_together(children.values()),
+            Board(rendezvous, places(settings)[:: settings.replicas], settings, quiet=quiet) as board,
+        ):
             while all(child.poll() is None for child in children.values()):
                 board.refresh()
                 time.sleep(0.2)

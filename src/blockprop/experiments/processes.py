@@ -96,7 +96,7 @@ def join(
     """
     rendezvous = connect()
     block = _Block(settings, out, place, listen)
-    watching = threading.Thread(target=_watch, args=(rendezvous.again(), block, loud), daemon=True)
+    watching = threading.Thread(target=_watch, args=(rendezvous.again(), place, block, loud), daemon=True)
     watching.start()
     try:
         with _shown(rendezvous.again(), settings) if show else contextlib.nullcontext():
@@ -125,9 +125,9 @@ def join(
         watching.join(1.0)
 
 
-def _watch(rendezvous: Rendezvous, block: "_Block", loud: bool) -> None:
+def _watch(rendezvous: Rendezvous, place: Place, block: "_Block", loud: bool) -> None:
     """Let what waits know when the run has failed elsewhere; end a process that does not hear of it."""
-    failure = watch(rendezvous, block.finished, block.lose)
+    failure = watch(rendezvous, place, block.finished, block.lose)
     if failure is not None and not block.finished.wait(PATIENCE):
         if loud:
             print(f"blockprop: stopped, since {failure['where']} failed: {failure['why']}", file=sys.stderr, flush=True)
@@ -289,13 +289,10 @@ class _Block:
         summary = summary_of(settings, training)
         if place.replica == 0:
             write_atomically(self.folder / "model.safetensors", weights_of(training))
-        remote = training.algo.remote
-        assert remote is not None
         optimizer = training.algo.wsteps[place.block - 1].optimizer
         memory = tensor_bytes(training.algo.blocks[place.block - 1], optimizer)
-        steps = max(1, training.step - training.begun[0])  # that this process has sent messages for
         own = {
-            "bytes_per_step": {way: count / steps for way, count in remote.traffic().items()},
+            "bytes_per_step": {way: count / max(1, training.step) for way, count in training.traffic.items()},
             "memory": {**memory, **asdict(self._held)},
             "busy": 1 - training.waited / training.seconds if training.seconds else 0.0,
         }
@@ -361,4 +358,13 @@ def of_torchrun(settings: Settings, out: Path, *, resume: bool, quiet: bool, lis
         )
     place = Place.of_rank(rank, settings.blocks, settings.replicas)
     show, serving = rank == 0 and not quiet, serves_the_store()
-    return join(settings, out, place, Rendezvous.of_torchrun, listen=listen, resume=resume, show=show, serving=serving)
+    return join(
+        settings,
+        out,
+        place,
+        lambda: Rendezvous.of_torchrun(listen),
+        listen=listen,
+        resume=resume,
+        show=show,
+        serving=serving,
+    )

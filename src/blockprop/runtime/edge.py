@@ -6,6 +6,8 @@ What arrives is put into the process's `Post`, where the thread that trains take
 gloo sends a tensor when it knows that the other side waits for it. So the receiver always has some calls waiting ahead
 of the messages: without them every message would first go once to and fro over the link. A message is a head of fixed
 size, its length, and a body; bodies of a length have a tag of their own, and calls ahead once the first has come.
+So do the first lengths alone, since calls that wait keep their memory and cannot be taken back: of batches that are all
+of different sizes the later ones go to and fro.
 """
 
 import contextlib
@@ -29,6 +31,10 @@ __all__ = ["EDGE_THREADS", "Edge", "Post"]
 EDGE_THREADS = ("send ", "receive ")
 """How the names of the threads of edges begin. One that waits for a lost neighbour cannot be ended."""
 
+LENGTHS = 16
+"""Lengths of bodies with calls ahead, on one edge and in one direction."""
+
+_HEAD, _ODD = 0, 1  # tags; of a length from 2
 _COARSE = ("output", "feedback")
 _TRAINING = (*_COARSE, "points", "slopes")
 _FROM_BELOW = ("output", "points", "evaluate", "mark from below")
@@ -200,22 +206,24 @@ class Edge:
         try:
             while (message := self._outbox.get()) is not None:
                 body = pack(message, self._precision if message.kind in _COARSE else "float32")
-                tag = tags.setdefault(len(body), len(tags) + 1)
+                if len(tags) < LENGTHS:
+                    tags.setdefault(len(body), len(tags) + _ODD + 1)
+                tag = tags.get(len(body), _ODD)
                 head = torch.tensor([len(body), tag])
-                sent = [self._group.send([head], self._peer, 0), self._group.send([body], self._peer, tag)]
+                sent = [self._group.send([head], self._peer, _HEAD), self._group.send([body], self._peer, tag)]
                 for one in sent:
                     one.wait()
                 self._handed += 1
                 if message.kind in _TRAINING:
                     self.sent_bytes += len(body) + head.numel() * head.itemsize
                     self.sent_messages += 1
-            self._group.send([torch.tensor([-1, 0])], self._peer, 0).wait()
+            self._group.send([torch.tensor([-1, _ODD])], self._peer, _HEAD).wait()
         except Exception as error:  # nobody else hears of it
             if not self._closing:
                 self._post.lose(f"edge {self.name}: {first_line(error)}")
 
     def _receive_all(self) -> None:
-        heads = _Ahead(self._group, self._peer, 0, 2, torch.int64)
+        heads = _Ahead(self._group, self._peer, _HEAD, 2, torch.int64)
         bodies: dict[int, _Ahead] = {}
         try:
             while True:
@@ -224,9 +232,13 @@ class Edge:
                     why = f"edge {self.name}: the neighbour has ended; expected as many steps in all processes"
                     self._post.part(_FROM_BELOW if self._peer == 0 else _FROM_ABOVE, why)
                     return
-                if tag not in bodies:
-                    bodies[tag] = _Ahead(self._group, self._peer, tag, length, torch.uint8)
-                self._post.put(self.name, unpack(bodies[tag].next()))
+                if tag == _ODD:
+                    body = _Ahead(self._group, self._peer, tag, length, torch.uint8, count=1).last()
+                else:
+                    if tag not in bodies:
+                        bodies[tag] = _Ahead(self._group, self._peer, tag, length, torch.uint8)
+                    body = bodies[tag].next()
+                self._post.put(self.name, unpack(body))
         except Exception as error:  # nobody else hears of it
             if not self._closing:
                 self._post.lose(f"edge {self.name}: {first_line(error)}")
@@ -258,9 +270,14 @@ class _Ahead:
         tensor = torch.empty(self._size, dtype=self._dtype)
         return tensor, self._group.recv([tensor], self._peer, self._tag)
 
-    def next(self) -> Tensor:
-        """The next tensor, once it is there."""
+    def last(self) -> Tensor:
+        """The next tensor, once it is there; no further call is made."""
         tensor, work = self._waiting.popleft()
         work.wait()
+        return tensor
+
+    def next(self) -> Tensor:
+        """The next tensor, once it is there."""
+        tensor = self.last()
         self._waiting.append(self._call())
         return tensor

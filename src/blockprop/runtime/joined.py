@@ -57,7 +57,7 @@ def processes(
             "replicas update at the same time, which free-running ones do not; expected policy='lock-step'"
         )
     place = Place.of_rank(rank, world // replicas, replicas)
-    rendezvous = Rendezvous.of_torchrun()
+    rendezvous = Rendezvous.of_torchrun(listen)
     _say_what_ends_it(rendezvous, place)
     finished = threading.Event()
     posts: list[Post] = []
@@ -66,7 +66,7 @@ def processes(
         if posts:
             posts[0].lose(why)
 
-    watching = threading.Thread(target=watch, args=(rendezvous.again(), finished, lose), daemon=True)
+    watching = threading.Thread(target=watch, args=(rendezvous.again(), place, finished, lose), daemon=True)
     watching.start()
     atexit.register(watching.join, 1.0)
     atexit.register(finished.set)  # before the other: the latest is called first

@@ -19,7 +19,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 
 from blockprop.errors import first_line
 
-__all__ = ["Place", "Rendezvous", "free_port", "is_loopback", "parse_address", "serves_the_store"]
+__all__ = ["Place", "Rendezvous", "listens_on", "parse_address", "serves_the_store"]
 
 LOOPBACK = "127.0.0.1"
 
@@ -55,6 +55,16 @@ class Place:
         return self.block == self.blocks
 
     @property
+    def next(self) -> "Place":
+        """The place of the next rank; after the last, of the first.
+
+        >>> Place(block=2, blocks=2, replica=1, replicas=2).next
+        Place(block=1, blocks=2, replica=0, replicas=2)
+        """
+        rank = (self.block - 1) * self.replicas + self.replica
+        return Place.of_rank((rank + 1) % (self.blocks * self.replicas), self.blocks, self.replicas)
+
+    @property
     def name(self) -> str:
         """For a person, and for folders."""
         return f"block-{self.block}" + (f"-replica-{self.replica}" if self.replica else "")
@@ -78,13 +88,37 @@ def parse_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def is_loopback(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     """Whether a name or an address is of this machine alone; False for a name that cannot be resolved."""
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
         return False
     return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
+
+
+def listens_on(name: str, host: str, listen: str) -> str:
+    """The address that a store listens on, where this process serves it.
+
+    Args:
+        name: what names the store.
+        host: the store's, by that name.
+        listen: this process's address.
+
+    Raises:
+        ValueError: the store is for other machines, and the process listens on its own alone.
+
+    >>> listens_on("--store", "::1", "127.0.0.1"), listens_on("--store", "10.0.0.1", "0.0.0.0")
+    ('::1', '0.0.0.0')
+    """
+    if not _is_loopback(listen):
+        return listen
+    if not _is_loopback(host):
+        raise ValueError(
+            f"{name} is {host}, where other machines meet, and this process would listen on {listen} alone; "
+            "expected --listen with this machine's address"
+        )
+    return host
 
 
 def _await(address: tuple[str, int], timeout: float) -> None:
@@ -121,23 +155,19 @@ def _own_address(listen: str) -> str:
     return {"0.0.0.0": LOOPBACK, "::": "::1"}.get(listen, listen)
 
 
-def free_port(listen: str = LOOPBACK) -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((listen, 0))
-        return int(probe.getsockname()[1])
-
-
 class Rendezvous:
     """A connection to the store of a run.
 
     Args:
-        address: host and port of the store.
+        address: host and port of the store; port 0, where it is served here, is any that is free.
         host: whether this process serves it.
         listen: the address that the store listens on, if it is served here; default this machine alone.
         prefix: of all its keys; runs after each other at one store have different ones.
         timeout: seconds to wait for the store to answer, default 60.
         patience: seconds to wait for other processes, default 600.
+
+    Attributes:
+        address: host and port of the store.
 
     Raises:
         ValueError: the port is in use, or no store answers.
@@ -166,6 +196,7 @@ class Rendezvous:
                     raise ValueError(
                         f"the store cannot listen on {listen}:{address[1]} ({error.strerror}); name another --store"
                     ) from error
+                address = address[0], int(server.getsockname()[1])
                 # the store alone would listen on all of the machine's addresses
                 self._tcp = TCPStore(
                     _own_address(listen),
@@ -183,16 +214,21 @@ class Rendezvous:
                 f"no store answers at {address[0]}:{address[1]} within {timeout:g} seconds ({first_line(error)}); "
                 "expected the process that serves it to be up, and its port to be reachable"
             ) from error
+        self.address = address
         self._prefix = prefix
         self._failure: dict[str, str] = {}  # once it is known here, also when the store is gone; shared with `again`
         self.store: Store = PrefixStore(prefix, self._tcp)
 
     @classmethod
-    def of_torchrun(cls, timeout: float = 60.0) -> "Rendezvous":
+    def of_torchrun(cls, listen: str = LOOPBACK, timeout: float = 60.0) -> "Rendezvous":
         """The store that torchrun started, by the usual environment variables.
 
+        Args:
+            listen: the address that the store listens on where not torchrun but this process serves it.
+            timeout: seconds to wait for the store to answer, default 60.
+
         Raises:
-            ValueError: they are not set, or no store answers.
+            ValueError: they are not set, no store answers, or it would be served where other machines are not heard.
         """
         missing = [key for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE") if key not in os.environ]
         if missing:
@@ -202,8 +238,10 @@ class Rendezvous:
         # one after another in a script, the same in all processes: the later must not find what the earlier left
         number = next(_MEETINGS)
         host = serves_the_store() and number == 0
+        if host:
+            listen = listens_on("MASTER_ADDR", address[0], listen)
         prefix = f"blockprop/{attempt}/{number}"
-        found = cls(address, host=host, listen=address[0], prefix=prefix, timeout=timeout)
+        found = cls(address, host=host, listen=listen, prefix=prefix, timeout=timeout)
         if host:
             _SERVED.append(found)
         return found
@@ -212,7 +250,7 @@ class Rendezvous:
         """Another connection to the same store, for another thread: a call that waits holds up its connection."""
         other = object.__new__(Rendezvous)
         other._tcp, other._prefix = self._tcp.clone(), self._prefix  # type: ignore[attr-defined]
-        other.patience, other._failure = self.patience, self._failure
+        other.address, other.patience, other._failure = self.address, self.patience, self._failure
         other.store = PrefixStore(self._prefix, other._tcp)
         return other
 
@@ -249,6 +287,10 @@ class Rendezvous:
         """Say what went wrong, unless another process has said so before."""
         with contextlib.suppress(Exception):  # the store may be what went wrong
             self.store.compare_set("failure", "", json.dumps({"where": where, "why": why}))
+
+    def know(self, where: str, why: str) -> None:
+        """Remember here what went wrong, where the store cannot be asked; for all connections of this process."""
+        self._failure |= {"where": where, "why": why}
 
     def failure(self) -> dict[str, str] | None:
         """What went wrong first, and where: keys "where" and "why"; None while all is well."""
