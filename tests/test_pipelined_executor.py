@@ -366,7 +366,7 @@ def test_older_checkpoints_do_not_tell_how_many_predictions_a_batch_has():
 def test_labels_that_are_all_ignored_tell_no_curvature():
     correction = Correction()
     correction.measured(0, [torch.ones(3, 2), torch.zeros(3, 2)], [torch.zeros(3, 2), torch.zeros(3, 2)])
-    assert correction.curvature.means.values == {}
+    assert correction.curvature.values == {}
 
 
 def test_a_report_is_of_all_microbatches():
@@ -548,7 +548,7 @@ def test_a_measurement_leaves_no_trace(proximal):
 
     watching = Watching(1)
     assert torch.equal(weights(watching), weights(Constant(0)))
-    assert watching.means.values.keys() == {0, 1}
+    assert watching.values.keys() == {0, 1}
 
 
 def test_watching_compares_with_the_gradient_of_today():
@@ -607,6 +607,18 @@ def test_the_secant_of_a_quadratic_is_its_curvature():
     assert secant.at(0, slope) == pytest.approx(4.0, rel=1e-5)
 
 
+def test_a_measurement_counts_by_how_far_the_block_had_moved():
+    """Moves grow and the curvature falls: κ is that of the long moves at once, where the mean of quotients is 2.5."""
+    secant = Secant()
+    way, slope = torch.randn(4, 3), torch.randn(4, 3)
+    secant.measure(0, way, 4.0 * way, slope)
+    secant.measure(0, 10 * way, 1.0 * 10 * way, slope)
+    assert secant.at(0, slope) == pytest.approx((4 + 100) / (1 + 100), rel=1e-5)
+    secant.measure(0, way, -50 * way, slope)  # noise of a short move
+    assert secant.at(0, slope) == pytest.approx((4 + 100 - 50) / (1 + 100 + 1), rel=1e-5)
+    assert secant.values == {0: secant.at(0, slope)}
+
+
 def test_curvatures_in_proportion_to_slopes_are_found():
     """One measurement finds ρ where every example's curvature is 0.7 times its slope's norm; no slope, no curvature."""
     norms = torch.tensor([0.5, 2.0, 0.0, 3.0])
@@ -659,7 +671,7 @@ def test_with_a_cache_curvatures_are_measured_on_the_first_visits(reuse):
     algo = trainer(PipelinedExecutor(curvature=curvature, along=True, reuse=reuse, **cache), K=2)
     for index, (x, y) in enumerate(data()[:6]):
         algo.step(x, y, torch.arange(8 * index, 8 * index + 8))
-    assert 0 in curvature.means.values
+    assert 0 in curvature.values
 
 
 def test_a_constant_per_example_makes_targets_equally_far():
@@ -754,8 +766,8 @@ def test_curvatures_per_example_are_measured_and_used():
     ratio = Secant(every=2)
     across = PerExample(Secant(2))
     _, _, weights = trained(PipelinedExecutor(curvature=PerExample(ratio), along=True, across=across))
-    assert set(ratio.means.values) == {0, 1}
-    assert min(ratio.means.values.values()) > 0
+    assert set(ratio.values) == {0, 1}
+    assert min(ratio.values.values()) > 0
     _, _, others = trained(PipelinedExecutor(curvature=Secant(2), along=True, across=Secant(2)))
     assert not torch.equal(weights, others)
 
@@ -818,7 +830,7 @@ def test_with_as_many_microbatches_as_ticks_every_link_is_measured(K):
     algo = trainer(executor, K, mlp(depth=6))
     for x, y in data(120, 20):
         algo.step(x, y)
-    assert set(executor.correction.curvature.means.values) == set(range(K - 1))
+    assert set(executor.correction.curvature.values) == set(range(K - 1))
 
 
 @pytest.mark.parametrize("first", [lambda: nn.ReLU(inplace=True), lambda: nn.Linear(12, 12)])
@@ -831,7 +843,7 @@ def test_curvature_is_measured_through_blocks_of_every_kind(first, precision):
     algo = blockprop.BlockProp(blocks, CE, sgd(0.1), executor=executor, precision=precision)
     for x, y in data():
         algo.step(x.to(next(model.parameters()).dtype), y)
-    assert min(executor.correction.curvature.means.values.values()) > 0
+    assert min(executor.correction.curvature.values.values()) > 0
 
 
 @pytest.mark.parametrize(

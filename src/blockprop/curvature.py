@@ -104,15 +104,17 @@ class Constant:
 
 @dataclass
 class Secant:
-    """κ = ⟨Δg, d⟩ / ⟨d, d⟩, measured while training, a link at a time; no less than 0, and 0 until first measured.
+    """κ = Σ⟨Δg, d⟩ / Σ⟨d, d⟩, measured while training, a link at a time; no less than 0, and 0 until first measured.
 
     Δg is the difference of today's gradients at b_now(h) and at b_old(h). One measurement is of a few examples and
-    varies by its own size, so that κ is a mean of many (`RunningMean`): curvature falls fast in the first steps, and
-    a κ that is much too large does harm.
+    varies by its own size, so that κ is the least-squares slope of many: both sums are running means (`RunningMean`).
+    So a measurement counts by how far the block had moved. The moves grow as training goes on, and the curvature falls
+    meanwhile, so that κ follows the latter at once; a mean of the quotients would lag behind it, and a κ that is much
+    too large does harm.
 
     Args:
         every: ticks between two measurements, default 20; the links take turns.
-        memory: what is kept of the running mean at a new measurement, in [0, 1), default 0.9.
+        memory: what is kept of the running means at a new measurement, in [0, 1), default 0.9.
 
     Raises:
         ValueError: a setting out of its range.
@@ -120,16 +122,22 @@ class Secant:
 
     every: int = 20
     memory: float = 0.9
-    means: RunningMean = field(init=False)
+    changes: RunningMean = field(init=False)  # ⟨Δg, d⟩
+    squares: RunningMean = field(init=False)  # ⟨d, d⟩
 
     def __post_init__(self) -> None:
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every is {self.every}; expected a whole number of ticks, at least 1")
-        self.means = RunningMean(self.memory)
+        self.changes, self.squares = RunningMean(self.memory), RunningMean(self.memory)
+
+    @property
+    def values(self) -> dict[int, float]:
+        """κ of every link that is measured."""
+        return {link: max(0.0, self.changes.at(link)) / square for link, square in self.squares.values.items()}
 
     def at(self, link: int, slope: Tensor) -> float:  # noqa: ARG002
-        """The running mean."""
-        return self.means.at(link)
+        """κ as it is known by now."""
+        return self.values.get(link, 0.0)
 
     def wants(self, link: int, links: int, tick: int) -> bool:
         """Once in every n ticks, of one link."""
@@ -140,15 +148,18 @@ class Secant:
         """Take the secant of the loss above along the way; a block that has not moved tells nothing."""
         square = float(torch.sum(way * way))
         if square > 0:
-            self.means.add(link, max(0.0, float(torch.sum(change * way)) / square))
+            self.changes.add(link, float(torch.sum(change * way)))
+            self.squares.add(link, square)
 
     def state_dict(self) -> dict[str, Any]:
         """The running means."""
-        return self.means.state_dict()
+        return {"changes": self.changes.state_dict(), "squares": self.squares.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with these means."""
-        self.means.load_state_dict(state)
+        if "changes" in state:  # older checkpoints have means of quotients, which are measured anew
+            self.changes.load_state_dict(state["changes"])
+            self.squares.load_state_dict(state["squares"])
 
 
 @dataclass(frozen=True)
