@@ -287,30 +287,23 @@ def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom, blocks):
         )
 
 
-def state(pid):
-    """R, S, T for stopped, ..."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def test_ctrl_z_stops_all_processes_until_the_run_goes_on(tmp_path):
+def test_a_launcher_that_was_stopped_goes_on(tmp_path):
+    """With Ctrl-Z, and the store with it."""
     out = tmp_path / "run"
     launcher = start(*BLOCKPROP, "train", *TWO, *PROCESSES, "--log-every", "1", "--steps", "1000", "--out", out)
     up(out)
-    everybody = [launcher.pid, *children_of(launcher.pid)]
-    launcher.send_signal(signal.SIGTSTP)
-    deadline = time.monotonic() + 10
-    while any(state(pid) != "T" for pid in everybody) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert [state(pid) for pid in everybody] == ["T", "T", "T"]
+    launcher.send_signal(signal.SIGSTOP)
+    time.sleep(3)
     launcher.send_signal(signal.SIGCONT)
     code, _, error = ended(launcher)
     assert (code, error) == (0, "")
+    assert json.loads((out / "summary.json").read_text())["steps"] == 1000
 
 
 IMPATIENT = """
 import sys
-from blockprop.runtime import failure
-failure.SILENCE = 2.0
+from blockprop.runtime import Rendezvous, failure
+failure.SILENCE = Rendezvous.__init__.__kwdefaults__["silence"] = 2.0
 from blockprop.cli import main
 sys.exit(main())
 """
@@ -446,6 +439,41 @@ def test_of_a_script_the_one_error_is_said_in_all_processes(tmp_path, failing):
     [line] = heard.splitlines()
     assert line.startswith(f"blockprop: block-{2 - failing} stopped, since block-{failing + 1} failed: ")
     assert said.strip().splitlines()[-1] == line.split("failed: ")[1]
+
+
+DEAF = """
+import sys, time
+import torch
+from torch import nn
+from blockprop.runtime import failure
+failure.SILENCE = 2.0
+import blockprop
+from blockprop.runtime import processes
+
+algo = blockprop.BlockProp(
+    blockprop.split(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), 2, by="layers"),
+    nn.CrossEntropyLoss(),
+    lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    executor=processes(),
+)
+algo.step(torch.randn(8, 4), torch.zeros(8, dtype=torch.long), ids=torch.arange(8))
+if sys.argv[1] == "1":
+    raise ValueError("the data are at their end")
+time.sleep(100)  # of its own, in which nothing tells it that a neighbour is lost
+"""
+
+
+def test_a_script_that_does_not_hear_of_a_failure_is_ended(tmp_path):
+    (tmp_path / "script.py").write_text(DEAF)
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    began = time.monotonic()
+    scripts = [
+        start(sys.executable, str(tmp_path / "script.py"), str(rank), RANK=str(rank), **variables) for rank in (0, 1)
+    ]
+    (deaf, _, line), (failed, _, _) = map(ended, scripts)
+    assert (deaf, failed) == (1, 1)
+    assert time.monotonic() - began < 60
+    assert line == "blockprop: block-1 stopped, since block-2 failed: ValueError: the data are at their end\n"
 
 
 SECOND = """

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,37 +58,13 @@ def _stopped_in_order() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextlib.contextmanager
-def _stopped_together(children: Collection[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Ctrl-Z stops all processes until the shell lets the launcher go on; the store here is frozen with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for child in children:
-                child.send_signal(number)
-            if number == signal.SIGSTOP:
-                os.kill(os.getpid(), number)  # and goes on here
-
-    before = signal.signal(signal.SIGTSTP, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTSTP, before)
-
-
 def _launch(settings: Settings, out: Path, temporary: str, *, resume: bool, quiet: bool) -> dict[str, Any]:
     rendezvous = Rendezvous((LOOPBACK, 0), host=True)
     children = {
         place: _start(settings, out, place, rendezvous.address, temporary, resume=resume) for place in places(settings)
     }
     try:
-        with (
-            _stopped_together(children.values()),
-            Board(rendezvous, places(settings)[:: settings.replicas], settings, quiet=quiet) as board,
-        ):
+        with Board(rendezvous, places(settings)[:: settings.replicas], settings, quiet=quiet) as board:
             while all(child.poll() is None for child in children.values()):
                 board.refresh()
                 time.sleep(0.2)
@@ -135,8 +112,12 @@ def child() -> None:
     settings = Settings.of_dict(task["settings"])
     place = places(settings)[task["rank"]]
     host, port = task["address"]
+
+    def connect() -> Rendezvous:  # a launcher that is gone is noticed; one that is stopped, by Ctrl-Z, may go on
+        return Rendezvous((host, port), silence=math.inf)
+
     try:
-        join(settings, Path(task["out"]), place, lambda: Rendezvous((host, port)), resume=task["resume"])
+        join(settings, Path(task["out"]), place, connect, resume=task["resume"])
     except (ValueError, OSError, LostError):
         os._exit(2)  # the launcher says why; threads that wait for a neighbour are not waited for
     except BaseException:

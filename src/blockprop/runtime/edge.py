@@ -154,7 +154,7 @@ class Edge:
         post: where arrivals go.
         listen: this end's address for connections, default this machine alone.
         precision: of the floating-point tensors of "output" and "feedback" messages.
-        timeout: seconds after which a neighbour that neither sends nor receives counts as lost, default 600.
+        timeout: seconds that a message may be waited for, default a day; whether it is alive shows elsewhere.
         queue_length: messages that may wait to be sent, default 8; `send` then waits.
 
     Raises:
@@ -170,7 +170,7 @@ class Edge:
         post: Post,
         listen: str = LOOPBACK,
         precision: Precision = "float32",
-        timeout: float = 600.0,
+        timeout: float = 86_400.0,
         queue_length: int = 8,
     ) -> None:
         self.name = name

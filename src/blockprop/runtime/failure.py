@@ -15,7 +15,7 @@ PATIENCE = 3.0
 """Seconds that processes have to end by themselves once the run has failed or was stopped."""
 
 BEAT, SILENCE = 0.25, 60.0
-"""Seconds between signs of life, and without one after which a process, or the store, counts as lost."""
+"""Seconds between signs of life, and without one after which a process counts as lost."""
 
 
 def fail(rendezvous: Rendezvous, place: Place, why: str, *, serving: bool) -> None:
@@ -62,8 +62,8 @@ def watch(
             pulse.join(1.0)
             return None
         unanswered, before = 0 if pulse.answers > before else unanswered + 1, pulse.answers
-        if unanswered * BEAT >= SILENCE:
-            why = f"its process has not answered for {SILENCE:g} seconds: frozen, or its machine is gone"
+        if unanswered * BEAT >= rendezvous.silence:
+            why = f"its process has not answered for {rendezvous.silence:g} seconds: frozen, or its machine is gone"
             rendezvous.know("store", why)
             failure = {"where": "store", "why": why}
             break
@@ -87,11 +87,11 @@ class _Pulse(threading.Thread):
     def run(self) -> None:
         own, other = f"alive/{self._place.name}", f"alive/{self._place.next.name}"
         heard, silent = None, 0
-        with contextlib.suppress(DistError, RuntimeError):  # the store is gone, which the next look says
-            while not self._finished.wait(BEAT):
-                self.failure = failure_of(self._rendezvous)
-                if self.failure is not None:
-                    return
+        while not self._finished.wait(BEAT):
+            self.failure = failure_of(self._rendezvous)
+            if self.failure is not None:
+                return
+            with contextlib.suppress(DistError, RuntimeError):  # the next look says whether the store is gone
                 self._rendezvous.write(own, self.answers)
                 before, heard = heard, self._rendezvous.read(other)
                 silent = silent + 1 if heard == before and isinstance(heard, int) else 0
@@ -99,9 +99,8 @@ class _Pulse(threading.Thread):
                     why = f"it has given no sign of life for {SILENCE:g} seconds: frozen, or its machine is gone"
                     self._rendezvous.fail(self._place.next.name, why)
                 self.answers += 1
+        with contextlib.suppress(DistError, RuntimeError):  # whoever served it may have left
             self._rendezvous.write(own, "done")
-            return
-        self.failure = failure_of(self._rendezvous)
 
 
 def why_lost(rendezvous: Rendezvous, place: Place, error: BaseException) -> str:

@@ -4,11 +4,13 @@ import atexit
 import os
 import sys
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
 
 from blockprop.errors import first_line
 from blockprop.executors import Executor, PipelinedExecutor
+from blockprop.runtime import failure as failures
 from blockprop.runtime.edge import Post
 from blockprop.runtime.failure import fail, watch, why_lost
 from blockprop.runtime.freerunning import FreeRunningExecutor
@@ -66,20 +68,29 @@ def processes(
         if posts:
             posts[0].lose(why)
 
-    watching = threading.Thread(target=watch, args=(rendezvous.again(), place, finished, lose), daemon=True)
+    watching = threading.Thread(target=_watch, args=(rendezvous.again(), place, finished, lose), daemon=True)
     watching.start()
     atexit.register(watching.join, 1.0)
     atexit.register(finished.set)  # before the other: the latest is called first
-    remote = Neighbours(place, rendezvous, listen=listen, precision=messages)
+    remote = Neighbours(place, rendezvous, listen=listen, precision=messages, parted=finished)
     posts.append(remote.post)
     if policy == "free-running":
         return FreeRunningExecutor(remote, **more)
     return PipelinedExecutor(remote=remote, **more)
 
 
+def _watch(rendezvous: Rendezvous, place: Place, finished: threading.Event, lose: Callable[[str], None]) -> None:
+    """End a script that does not hear of the run's failure, after a time in which it may come to its next step."""
+    failure = watch(rendezvous, place, finished, lose)
+    if failure is not None and not finished.wait(failures.SILENCE) and not hasattr(sys, "ps1"):
+        why = f"stopped, since {failure['where']} failed: {failure['why']}"
+        print(f"blockprop: {place.name} {why}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 def _say_what_ends_it(rendezvous: Rendezvous, place: Place) -> None:
     """Let an exception that ends this script end the others, which say in one line what and where it was."""
-    before = sys.excepthook
+    before = getattr(sys.excepthook, "before", sys.excepthook)  # not that of an earlier meeting
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, LostError):
@@ -94,4 +105,5 @@ def _say_what_ends_it(rendezvous: Rendezvous, place: Place) -> None:
         if not hasattr(sys, "ps1"):  # not at a prompt: threads that wait for a neighbour would abort the interpreter
             os._exit(1)
 
+    hook.before = before  # type: ignore[attr-defined]
     sys.excepthook = hook

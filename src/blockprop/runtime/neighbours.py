@@ -1,6 +1,7 @@
 """The other processes of a run, as one block sees them: the block below, the block above, and its own replicas."""
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class Neighbours:
         rendezvous: where the processes find each other.
         listen: this process's address for connections; default this machine alone.
         precision: of outputs and feedback on their way.
+        parted: set by `close`, if given.
 
     Raises:
         LostError: a neighbour does not come.
@@ -39,8 +41,10 @@ class Neighbours:
         *,
         listen: str = LOOPBACK,
         precision: Precision = "float32",
+        parted: threading.Event | None = None,
     ) -> None:
         self.place = place
+        self._parted = parted
         self.post = Post()
         self.own = Replicas(place, rendezvous, listen=listen) if place.replicas > 1 else None
         self._counter = itertools.count()
@@ -160,3 +164,5 @@ class Neighbours:
         for edge in (self.below, self.above):
             if edge is not None:
                 edge.close()
+        if self._parted is not None:
+            self._parted.set()

@@ -97,6 +97,10 @@ def _is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
 
 
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def listens_on(name: str, host: str, listen: str) -> str:
     """The address that a store listens on, where this process serves it.
 
@@ -111,13 +115,16 @@ def listens_on(name: str, host: str, listen: str) -> str:
     >>> listens_on("--store", "::1", "127.0.0.1"), listens_on("--store", "10.0.0.1", "0.0.0.0")
     ('::1', '0.0.0.0')
     """
-    if not _is_loopback(listen):
-        return listen
-    if not _is_loopback(host):
+    if _is_loopback(listen) and not _is_loopback(host):
         raise ValueError(
             f"{name} is {host}, where other machines meet, and this process would listen on {listen} alone; "
             "expected --listen with this machine's address"
         )
+    try:  # where the others look for it, if that is an address of this machine's and no router's
+        with socket.socket(_family(host)) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return listen
     return host
 
 
@@ -165,6 +172,7 @@ class Rendezvous:
         prefix: of all its keys; runs after each other at one store have different ones.
         timeout: seconds to wait for the store to answer, default 60.
         patience: seconds to wait for other processes, default 600.
+        silence: seconds without an answer after which the store counts as lost, default 60.
 
     Attributes:
         address: host and port of the store.
@@ -182,11 +190,12 @@ class Rendezvous:
         prefix: str = "blockprop",
         timeout: float = 60.0,
         patience: float = 600.0,
+        silence: float = 60.0,
     ) -> None:
-        self.patience = patience
+        self.patience, self.silence = patience, silence
         try:
             if host:
-                server = socket.socket(socket.AF_INET6 if ":" in listen else socket.AF_INET)
+                server = socket.socket(_family(listen))
                 server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     server.bind((listen, address[1]))
@@ -250,7 +259,8 @@ class Rendezvous:
         """Another connection to the same store, for another thread: a call that waits holds up its connection."""
         other = object.__new__(Rendezvous)
         other._tcp, other._prefix = self._tcp.clone(), self._prefix  # type: ignore[attr-defined]
-        other.address, other.patience, other._failure = self.address, self.patience, self._failure
+        other.address, other.patience, other.silence = self.address, self.patience, self.silence
+        other._failure = self._failure
         other.store = PrefixStore(self._prefix, other._tcp)
         return other
 

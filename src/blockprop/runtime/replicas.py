@@ -22,13 +22,15 @@ class Replicas:
         place: which block and replica this process is.
         rendezvous: where they find each other.
         listen: this process's address for connections; default this machine alone.
-        timeout: seconds after which a replica that does not come to an update counts as lost, default 600.
+        timeout: seconds that a replica may be waited for, default a day; whether it is alive shows elsewhere.
 
     Raises:
         LostError: a replica does not come.
     """
 
-    def __init__(self, place: Place, rendezvous: Rendezvous, *, listen: str = LOOPBACK, timeout: float = 600.0) -> None:
+    def __init__(
+        self, place: Place, rendezvous: Rendezvous, *, listen: str = LOOPBACK, timeout: float = 86_400.0
+    ) -> None:
         self.count = place.replicas
         self.bytes = 0
         name = f"replicas of block {place.block}"
