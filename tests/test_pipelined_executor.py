@@ -617,6 +617,9 @@ def test_a_measurement_counts_by_how_far_the_block_had_moved():
     secant.measure(0, way, -50 * way, slope)  # noise of a short move
     assert secant.at(0, slope) == pytest.approx((4 + 100 - 50) / (1 + 100 + 1), rel=1e-5)
     assert secant.values == {0: secant.at(0, slope)}
+    older = Secant()
+    older.load_state_dict({"values": {0: 3.0}, "counts": {0: 2}})  # a mean of quotients, which is measured anew
+    assert older.values == {}
 
 
 def test_curvatures_in_proportion_to_slopes_are_found():

@@ -288,9 +288,13 @@ def test_whoever_is_ended_all_end_in_seconds(tmp_path, whom, blocks):
 
 
 def test_a_launcher_that_was_stopped_goes_on(tmp_path):
-    """With Ctrl-Z, and the store with it."""
+    """With Ctrl-Z, and the store with it, for longer than any other store may be silent here."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from blockprop.runtime import Rendezvous\nRendezvous.__init__.__kwdefaults__['silence'] = 1.0\n"
+    )
     out = tmp_path / "run"
-    launcher = start(*BLOCKPROP, "train", *TWO, *PROCESSES, "--log-every", "1", "--steps", "1000", "--out", out)
+    words = [*BLOCKPROP, "train", *TWO, *PROCESSES, "--log-every", "1", "--steps", "1000", "--out", out]
+    launcher = start(*words, PYTHONPATH=str(tmp_path))
     up(out)
     launcher.send_signal(signal.SIGSTOP)
     time.sleep(3)
