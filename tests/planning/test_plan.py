@@ -1,6 +1,7 @@
 """Every method on networks whose times can be counted by hand."""
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble, _add_s
 from blockprop.planning.cluster import Cluster, Link
 from blockprop.planning.costs import Layer, Passes
 from blockprop.planning.events import Message, Ordered, Step, Task, simulate
-from blockprop.planning.methods import folded, questions
+from blockprop.planning.methods import Block, folded, lock_step, questions
 from blockprop.planning.plan import METHODS, SYNCHRONOUS, Setting, all_reduce, no_faster, plan
 from blockprop.schedules import pipelined
 
@@ -177,12 +178,32 @@ def test_a_thousand_devices(method):
         assert BATCH / found.samples_per_second == pytest.approx(passes * 1024, rel=0.01)
 
 
-def test_lock_step_does_what_the_schedule_says():
-    """In a full pipeline every block below the top has a backward and a forward in a tick, the top the same at once."""
-    *_, tick = itertools.islice(pipelined(3), 20)
-    found = {k: [action.kind for action in tick if action.block == k] for k in (1, 2, 3)}
-    assert found[1] == found[2] == ["backward", "update", "forward"]
-    assert found[3] == ["forward", "backward", "update"]
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_lock_step_does_in_every_tick_what_the_schedule_says(count, parts, again):
+    """The work of each block in each tick of a full pipeline; a digit each for forward, backward, update and copy."""
+    blocks = [Block(1.0, 10.0, 0.0, 0.0, 100.0, 8.0, copied=1000.0)] * count
+    fill = 2 * (count - 1) + parts * math.ceil(2 * count / parts)
+    scheduled = [[0.0] * count for _ in range(fill + parts)]
+    updates, sent = [0] * (count + 1), {}
+    for work, tick in zip(scheduled, pipelined(count, microbatches=parts), strict=False):
+        for k, kind, number in tick:
+            if kind == "update":
+                updates[k] += 1
+                work[k - 1] += 100 + 1000 * (k < count and not again)
+            elif kind == "forward":
+                sent[k, number] = updates[k]
+                work[k - 1] += 1
+            else:
+                work[k - 1] += 10 + (again and sent[k, number] != updates[k])
+    for k, program in enumerate(lock_step(blocks, parts, again=again)):
+        planned, steps = [0.0] * parts, 2 if k == count - 1 else 3
+        for tick in range(parts):
+            program.receive(("up", tick - 1))
+            program.receive(("down", tick - 1))
+            planned[tick] = sum(program.next().seconds for _ in range(steps))
+        assert planned == [work[k] for work in scheduled[fill:]]
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

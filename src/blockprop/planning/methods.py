@@ -12,7 +12,6 @@ from typing import Literal
 
 from blockprop.planning.costs import Layer
 from blockprop.planning.events import Message, Ordered, Program, Step, Task
-from blockprop.schedules import delay
 
 __all__ = [
     "QUEUE",
@@ -246,8 +245,9 @@ def zero_bubble(chunks: Sequence[Block], devices: int, microbatches: int) -> lis
 def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> list[Program]:
     """BlockProp's pipeline tick by tick, as [`pipelined`][blockprop.schedules.pipelined] says, when it has filled up.
 
-    Block k learns from the batch whose feedback has come, and forwards a new one; the top does the two passes of one
-    batch. A tick needs both neighbours' messages of the tick before.
+    Block k learns from the microbatch whose feedback has come, and forwards a new one; the top does the two passes of
+    one microbatch. A tick needs both neighbours' messages of the tick before. What blocks do once a batch, such as an
+    update, they do in different ticks, and each such tick keeps the neighbours waiting.
 
     Args:
         blocks: all blocks.
@@ -255,26 +255,28 @@ def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> lis
         again: whether a block evaluates a microbatch again when its feedback has come, if an update came between; not
             with stashed weights.
     """
+    last = len(blocks) - 1
 
     def steps(k: int) -> Iterator[Step]:
-        block, top = blocks[k], k == len(blocks) - 1
-        twice = min(1.0, delay(len(blocks), k + 1, parts)) if again else 0.0
+        block, top, late = blocks[k], k == last, 2 * (last - k)  # ticks that feedback is old
         for tick in itertools.count():
+            number = (tick + k) % parts  # of the microbatch learnt from, in its batch: feedback goes down a block a tick
             needs: tuple[Hashable, ...] = ()
             if tick:
                 needs = ("up",) * (k > 0) + ("down",) * (not top)
                 needs = tuple((way, tick - 1) for way in needs)
             down = (Message(k - 1, ("down", tick), blocks[k - 1].sent),) if k else ()
-            last = tick % parts == parts - 1
-            update = block.update * last + block.taken * (parts > 1)
-            stashed = 0.0 if again or tick % parts else block.copied
+            done = number == parts - 1
+            update = block.update * done + block.taken * (parts > 1)
             if top:
                 yield Step(needs, Task(block.forward + block.backward, down))
-                yield Step((), Task(update, (), last))
-            else:
-                yield Step(needs, Task(twice * block.forward + block.backward, down))
-                yield Step((), Task(update, (), last))
-                yield Step((), Task(stashed + block.forward, (Message(k + 1, ("up", tick), block.sent),)))
+                yield Step((), Task(update, (), done))
+                continue
+            moved = number < late - 1  # learning from as many before it came since its forward: an update, if a batch ended
+            yield Step(needs, Task(again * moved * block.forward + block.backward, down))
+            yield Step((), Task(update, (), done))
+            stashed = block.copied * done * (not again)
+            yield Step((), Task(stashed + block.forward, (Message(k + 1, ("up", tick), block.sent),)))
 
     return [Ordered(steps(k)) for k in range(len(blocks))]
 
