@@ -260,7 +260,7 @@ def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> lis
     def steps(k: int) -> Iterator[Step]:
         block, top, late = blocks[k], k == last, 2 * (last - k)  # ticks that feedback is old
         for tick in itertools.count():
-            number = (tick + k) % parts  # of the microbatch learnt from, in its batch: feedback goes down a block a tick
+            number = (tick + k) % parts  # in its batch, of what is learnt from: feedback goes a block down in a tick
             needs: tuple[Hashable, ...] = ()
             if tick:
                 needs = ("up",) * (k > 0) + ("down",) * (not top)
@@ -272,7 +272,7 @@ def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> lis
                 yield Step(needs, Task(block.forward + block.backward, down))
                 yield Step((), Task(update, (), done))
                 continue
-            moved = number < late - 1  # learning from as many before it came since its forward: an update, if a batch ended
+            moved = number < late - 1  # so many before it were learnt from since its forward, a batch's last among them
             yield Step(needs, Task(again * moved * block.forward + block.backward, down))
             yield Step((), Task(update, (), done))
             stashed = block.copied * done * (not again)
