@@ -106,7 +106,7 @@ class Correction:
             link: from 0 at the bottom.
             slope: the feedback, of each example's own summed loss, shape [N, ...].
         """
-        if self.trust == math.inf:
+        if self.reuse or self.trust == math.inf:  # on the graph of the forward pass there is nothing to correct
             return math.inf
         return self.trust * math.sqrt(self._squares.add(link, float(norms(slope).square().mean())))
 
