@@ -106,6 +106,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
             nesterov,
             math.log(10),
             lighter=0.8,
+            long=1500,
             again=replace(cifar, epochs=8, lr=0.05, train_size=3200, augment=False),
             # only the last validation chooses, and fifty take as long as the training
             tuning={"evaluate_every": 50},
