@@ -748,6 +748,7 @@ def test_a_correction_is_trusted_up_to_a_share_of_what_feedback_its_link_has():
     for one in (correction, resumed):
         assert one.longest(0, second) == pytest.approx(0.5 * math.sqrt((25 + 9) / 4))
     assert Correction(trust=math.inf).longest(0, first) == math.inf
+    assert Correction(reuse=True).longest(0, first) == math.inf  # on the graph of the forward pass nothing has moved
 
 
 def test_what_is_not_trusted_is_the_delayed_gradient():
