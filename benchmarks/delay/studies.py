@@ -111,20 +111,21 @@ def longer(task: Task, outcomes: Sequence[Outcome]) -> Study:
 
     Args:
         task: the task.
-        outcomes: of its `tuning`: at the step sizes that were best there.
+        outcomes: of its `tuning`: at the step sizes that were best there, of backprop without and with a warm-up.
     """
     lrs = {outcome.row.label: outcome.lr for outcome in outcomes}
     whole = {"steps": task.long, "warmup": task.long // 10, "lr_schedule": "cosine", "evaluate_every": task.long // 60}
     rows = tuple(
         replace(one, settings=replace(one.settings, **whole))
         for blocks in (2, 4)
-        for method in (BACKPROP, DELAYED, DEFAULT)
+        for method in (BACKPROP, WARM_BACKPROP, DELAYED, DEFAULT)
         for one in (row(task, method, blocks, lr=lrs[method]),)
     )
     return Study(
         name=f"delay-{task.name}-longer",
         title=f"{task.title}: {task.long} steps",
-        about=f"\n{task.long} steps with a warm-up over the first tenth and cosine decay to nothing, one seed.",
+        about=f"\n{task.long} steps, one seed, of all rows with a warm-up over the first tenth and cosine decay to nothing. "
+        "Step sizes are those of the study methods; the one that backprop had with a warm-up there is in a row of its own.",
         rows=rows,
         seeds=(0,),
         draw=tables.draw,
