@@ -124,8 +124,8 @@ def longer(task: Task, outcomes: Sequence[Outcome]) -> Study:
     return Study(
         name=f"delay-{task.name}-longer",
         title=f"{task.title}: {task.long} steps",
-        about=f"\n{task.long} steps, one seed, a warm-up over the first tenth and cosine decay to nothing in all rows. Step "
-        "sizes are those of the study methods, where backprop had one without and one with a warm-up.",
+        about=f"\n{task.long} steps, one seed, a warm-up over the first tenth and cosine decay to nothing in all rows. "
+        "Step sizes are those of the study methods, where backprop had one without and one with a warm-up.",
         rows=rows,
         seeds=(0,),
         draw=tables.draw,
