@@ -748,7 +748,9 @@ def test_a_correction_is_trusted_up_to_a_share_of_what_feedback_its_link_has():
     for one in (correction, resumed):
         assert one.longest(0, second) == pytest.approx(0.5 * math.sqrt((25 + 9) / 4))
     assert Correction(trust=math.inf).longest(0, first) == math.inf
-    assert Correction(reuse=True).longest(0, first) == math.inf  # on the graph of the forward pass nothing has moved
+    for idle in (Correction(reuse=True), Correction(curvature=Constant(0.0))):  # which correct nothing
+        assert idle.longest(0, first) == math.inf
+    assert Correction(curvature=Constant(0.0), along=True, across=Constant(1.0)).longest(0, first) < math.inf
 
 
 def test_what_is_not_trusted_is_the_delayed_gradient():

@@ -68,6 +68,8 @@ class Correction:
         self.trust = trust
         self._squares = RunningMean()  # ‖g‖² of an example, of its own summed loss
         self.reuse, self.prediction, self.compensation = reuse, prediction, compensation
+        # on the graph of the forward pass nothing has moved
+        self._idle = reuse or self.curvature == self.across == Constant(0.0)
 
     def points(self, old: Tensor, new: Tensor, slope: Tensor) -> Points:
         """Where slopes are to be asked for, to learn the curvatures: as was sent, and moved in each way κ acts in.
@@ -106,7 +108,7 @@ class Correction:
             link: from 0 at the bottom.
             slope: the feedback, of each example's own summed loss, shape [N, ...].
         """
-        if self.reuse or self.trust == math.inf:  # on the graph of the forward pass there is nothing to correct
+        if self._idle or self.trust == math.inf:
             return math.inf
         return self.trust * math.sqrt(self._squares.add(link, float(norms(slope).square().mean())))
 

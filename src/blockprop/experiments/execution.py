@@ -44,7 +44,7 @@ def executor_of(settings: Settings, examples: int, remote: Neighbours | None = N
 
 def _in_processes(settings: Settings, examples: int, remote: Neighbours) -> Executor:
     if settings.who_does_what == "sync":
-        return PipelinedExecutor(sequential, curvature=Constant(0.0), trust=math.inf, remote=remote)
+        return PipelinedExecutor(sequential, curvature=Constant(0.0), remote=remote)
     caching = settings.who_does_what == "cached"
     cached: dict[str, Any] = (
         {"cache": lambda: _cache(settings, examples), "refresh": settings.refresh} if caching else {}
@@ -82,7 +82,7 @@ def _correction(settings: Settings) -> Correction:
         curvature=_curvature(settings),
         along=apart or directions == "along" or settings.who_does_what == "cached",
         across=_curvature(settings) if apart else None,
-        trust=math.inf if settings.trust == "none" or settings.feedback != "target" else settings.trust,
+        trust=math.inf if settings.trust == "none" else settings.trust,
         # with a cache a visit has three passes, those with feedback too
         reuse=settings.feedback == "stashed" or settings.who_does_what == "cached",
         prediction=settings.prediction,
