@@ -111,25 +111,27 @@ def longer(task: Task, outcomes: Sequence[Outcome]) -> Study:
 
     Args:
         task: the task.
-        outcomes: of its `tuning`: at the step sizes that were best there, of backprop without and with a warm-up.
+        outcomes: of its `tuning`: at the step sizes that were best there, of backprop without and with a warm-up; the
+            default is also at backprop's with a warm-up, if that is another.
     """
     lrs = {outcome.row.label: outcome.lr for outcome in outcomes}
+    lrs[ALIKE] = lrs[WARM_BACKPROP]
+    alike = [ALIKE] if lrs[ALIKE] != lrs[DEFAULT] else []
     whole = {"steps": task.long, "warmup": task.long // 10, "lr_schedule": "cosine", "evaluate_every": task.long // 60}
     rows = tuple(
         replace(one, settings=replace(one.settings, **whole))
-        for blocks in (2, 4)
-        for method in (BACKPROP, WARM_BACKPROP, DELAYED, DEFAULT)
+        for blocks in task.cuts
+        for method in (BACKPROP, WARM_BACKPROP, DELAYED, DEFAULT, *alike)
         for one in (row(task, method, blocks, lr=lrs[method]),)
     )
     return Study(
         name=f"delay-{task.name}-longer",
         title=f"{task.title}: {task.long} steps",
-        about=f"\n{task.long} steps, one seed, a warm-up over the first tenth and cosine decay to nothing in all rows. "
-        "Step sizes are those of the study methods, where backprop had one without and one with a warm-up.",
+        about=tables.ABOUT_LONGER.format(steps=task.long),
         rows=rows,
-        seeds=(0,),
+        seeds=(0, 1, 2),
         draw=tables.draw,
-        tell=tables.tell_last,
+        tell=tables.tell_longer,
     )
 
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.delay.tasks import BACKPROP, Task
+from benchmarks.delay.tasks import BACKPROP, WARM_BACKPROP, Task
 from blockprop.studies.drawing import band, curves, figure_of, tidy
 from blockprop.studies.publish import markdown_table, percent, spread
 from blockprop.studies.study import Outcome, Study
@@ -31,6 +31,12 @@ ABOUT_CACHED = """
 {epochs} epochs of the same examples, step size {lr:g}. The feedback of an example is computed on its first visit and on
 every E-th after it; between them each block learns from the last one at a fresh input. For one batch in 20 it is
 computed besides, which measures the curvature.
+"""
+
+ABOUT_LONGER = """
+{steps} steps, a warm-up over the first tenth and cosine decay to nothing in all rows. Step sizes are those of the study
+methods, which chose them in a tenth of the steps, for backprop without and with a warm-up. "Behind" is to backprop at
+the latter, which is also "backprop's step size".
 """
 
 
@@ -154,26 +160,28 @@ def tell_cached(study: Study, outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(parts)
 
 
-def tell_last(study: Study, outcomes: Sequence[Outcome]) -> str:
-    """A table for every K, of the last losses."""
+def tell_longer(study: Study, outcomes: Sequence[Outcome]) -> str:
+    """A table for every K, of the last validation losses and the accuracy on the test part."""
     parts = []
     for panel in study.panels:
         members = [one for one in outcomes if one.row.panel == panel and one.summaries]
-        ends = {one.row.label: [curve[max(curve)] for curve in medians(one) if curve] for one in members}
-        if not ends.get(BACKPROP):
-            continue
-        reference = statistics.fmean(ends[BACKPROP])
-        rows = (
-            [
-                one.row.label,
-                f"{one.lr:g}",
-                spread(ends[one.row.label], lambda value: f"{value:.4f}"),
-                "" if one.row.label == BACKPROP else f"{statistics.fmean(ends[one.row.label]) - reference:+.4f}",
-            ]
-            for one in members
-            if ends[one.row.label]
-        )
-        parts += [f"## {panel}", markdown_table(["", "step size", "last validation loss", "behind"], rows)]
+        baseline = next((one for one in members if one.row.label == WARM_BACKPROP), None)
+        rows = []
+        for one in members:
+            ends = [curve[max(curve)] for curve in medians(one) if curve]
+            gains = [] if baseline is None or one is baseline else one.gains(baseline, "test_accuracy")
+            rows.append(
+                [
+                    one.row.label,
+                    f"{one.lr:g}",
+                    spread(ends, lambda value: f"{value:.4f}"),
+                    spread(one.values("test_accuracy"), percent),
+                    f"{-100 * statistics.fmean(gains):+.2f}" if gains else "",
+                    str(len(one.summaries)) + (f", {one.diverged} diverged" if one.diverged else ""),
+                ]
+            )
+        header = ["", "step size", "last validation loss", "test accuracy %", "behind, points", "seeds"]
+        parts += [f"## {panel}", markdown_table(header, rows)]
     return "\n\n".join(parts)
 
 

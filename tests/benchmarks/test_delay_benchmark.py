@@ -102,3 +102,20 @@ def test_cached_targets_beside_backprop_seed_by_seed(tmp_path):
     told = tables.tell_cached(study, both).splitlines()
     assert told[4] == "| backprop | 97.50 ± 0.71 |  | 0.1000 ± 0.0000 | 2 |"
     assert told[5] == "| cached, E = 2 | 96.80 | -0.20 | 0.1000 | 1 |"
+
+
+def test_many_steps_beside_backprop_at_its_step_size_with_a_warm_up(tmp_path):
+    task = TASKS["resnet"]
+    lrs = {WARM_BACKPROP: 0.05, DEFAULT: 0.02}
+    study = studies.longer(task, [Outcome(row, lrs.get(row.label, 0.1), {}, {}) for row in studies.tuning(task).rows])
+    alike = [row.settings for row in study.rows if row.label == ALIKE]
+    assert [(one.lr, one.blocks, one.steps, one.lr_schedule) for one in alike] == [
+        (0.05, blocks, 1500, "cosine") for blocks in (2, 4, 8)
+    ]
+    found = []
+    for row, accuracy in ((study.rows[1], 0.66), (study.rows[4], 0.65)):
+        one = outcome(row, tmp_path / row.label, {10: 3.0, 20: 1.0, 30: 2.0}, lr=row.settings.lr)
+        found.append(replace(one, summaries={0: {"diverged": False, "test_accuracy": accuracy}}))
+    told = tables.tell_longer(study, found).splitlines()
+    assert told[4] == "| backprop, warm-up | 0.05 | 2.0000 | 66.00 |  | 1 |"
+    assert told[5] == "| the default at backprop's step size | 0.05 | 2.0000 | 65.00 | +1.00 | 1 |"
