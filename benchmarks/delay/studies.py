@@ -68,7 +68,7 @@ def tuning(task: Task) -> Study:
 def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
     """Backprop with and without a warm-up, the delayed gradient, the default, and the best others.
 
-    The default is there at its own step size, at backprop's if that is another, and astray.
+    The default is there at its own step size, at backprop's if that is another, and, at backprop's, astray.
 
     Args:
         task: the task.
@@ -78,7 +78,7 @@ def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
     losses = {one.row.label: tables.at_budget(one, task) for one in outcomes}
     others = [name for name in lrs if name != DELAYED and not name.startswith(BACKPROP)]
     best = sorted(others, key=lambda name: math.inf if (loss := losses[name]) is None else loss)[:3]
-    lrs |= {ASTRAY: lrs[DEFAULT], TWICE: lrs[DEFAULT], ALIKE: lrs[BACKPROP]}
+    lrs |= dict.fromkeys((ALIKE, ASTRAY, TWICE), lrs[BACKPROP])
     lighter = [name for name in lrs if name == f"{BACKPROP}, momentum {task.lighter}"]
     warm = [name for name in lrs if name == WARM_BACKPROP]  # a brief task has it not
     alike = [ALIKE] if lrs[ALIKE] != lrs[DEFAULT] else []

@@ -41,7 +41,7 @@ def test_what_waits_for_step_sizes_and_what_does_not():
     assert studies.names(BRIEF["mlp"]) == ["methods", "finals"]
 
 
-def test_the_best_three_go_on_and_the_default_astray_at_the_step_size_of_the_default(tmp_path):
+def test_the_best_three_go_on_and_the_default_astray_at_the_step_size_of_backprop(tmp_path):
     task = TASKS["mlp"]
     rows = studies.tuning(task).rows
     losses = {row.label: 1.0 + index / 100 for index, row in enumerate(rows)}
@@ -55,7 +55,7 @@ def test_the_best_three_go_on_and_the_default_astray_at_the_step_size_of_the_def
     assert [row.label for row in final] == [BACKPROP, WARM_BACKPROP, DELAYED, *best, DEFAULT, ALIKE, ASTRAY, TWICE]
     assert (final[-3].settings.lr, final[-3].settings.latency) == (0.1, 0)
     astray, twice = (row.settings for row in final[-2:])
-    assert (astray.lr, astray.latency, astray.lost, astray.blocks) == (0.05, 3, 0.05, 8)
+    assert (astray.lr, astray.latency, astray.lost, astray.blocks) == (0.1, 3, 0.05, 8)
     assert twice == replace(astray, copies=2)
 
 
