@@ -528,6 +528,21 @@ def test_running_statistics_move_once_a_batch():
     assert counts == [12, 12, 12]
 
 
+def test_running_statistics_of_microbatches_are_of_as_many_examples():
+    """Two microbatches of the same examples move the mean as far as one batch of them; the momentum stays."""
+    x, y = batch(8)
+    models = []
+    for microbatches, rows in ((1, slice(None)), (2, [*range(8), *range(8)])):
+        model = nn.Sequential(nn.BatchNorm1d(6, momentum=0.3), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 5)).double()
+        algo = trainer(PipelinedExecutor(microbatches=microbatches), 2, model)
+        algo.step(x[rows], y[rows])
+        algo.finish()
+        models.append(model)
+    assert models[0][0].running_mean.abs().min() > 0
+    torch.testing.assert_close(models[1][0].running_mean, models[0][0].running_mean)
+    assert models[1][0].momentum == 0.3
+
+
 @pytest.mark.parametrize("proximal", [False, True])
 def test_a_measurement_leaves_no_trace(proximal):
     """Measuring the curvature and not using it changes nothing; an optimizer that looks at inputs sees none of it."""

@@ -62,6 +62,23 @@ def kept(block: nn.Module, inputs: Tensor) -> Tensor:
     return inputs.clone() if getattr(first, "inplace", False) else inputs
 
 
+@contextmanager
+def microbatched(block: nn.Module, parts: int) -> Iterator[None]:
+    """Let running statistics move as far in the M microbatches of a batch as they do in a whole one.
+
+    A BatchNorm's momentum m is then 1 - (1 - m)^(1/M). At m itself they would be of an M-th of the examples, and noisier.
+    """
+    found = [(module, module.momentum) for module in block.modules() if isinstance(module, _BatchNorm)]
+    moving = [(norm, momentum) for norm, momentum in found if momentum and parts > 1]
+    for norm, momentum in moving:
+        norm.momentum = 1 - (1 - momentum) ** (1 / parts)
+    try:
+        yield
+    finally:
+        for norm, momentum in moving:
+            norm.momentum = momentum
+
+
 class Evaluation:
     """Block b_k evaluated on a batch; call it to evaluate the same function again on another input.
 

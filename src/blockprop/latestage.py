@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blockprop.cache import GluingCache
 from blockprop.correction import Correction
-from blockprop.evaluation import Evaluation
+from blockprop.evaluation import Evaluation, microbatched
 from blockprop.gluing import Gluing
 from blockprop.held import Held
 from blockprop.losses import OutputLoss
@@ -137,7 +137,8 @@ class LateStage:
         now = self.top or quiet
         weights = None if now else self._weights()
         keep = now or self.correction.reuse or self._still.get(number % self.parts, False)
-        evaluation = self.stage.forward(inputs, keep_graph=keep, repeatable=True, weights=weights)
+        with microbatched(self.stage.block, self.parts):
+            evaluation = self.stage.forward(inputs, keep_graph=keep, repeatable=True, weights=weights)
         self.flights[number], self._sent[number] = evaluation, (tick, self.version)
         return evaluation.output.detach()
 
