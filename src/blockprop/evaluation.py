@@ -66,7 +66,7 @@ def kept(block: nn.Module, inputs: Tensor) -> Tensor:
 def microbatched(block: nn.Module, parts: int) -> Iterator[None]:
     """Let running statistics move as far in the M microbatches of a batch as they do in a whole one.
 
-    A BatchNorm's momentum m is then 1 - (1 - m)^(1/M). At m itself they would be of an M-th of the examples, and noisier.
+    A BatchNorm's momentum m is then 1 - (1 - m)^(1/M). At m they would be of an M-th of the examples, and noisier.
     """
     found = [(module, module.momentum) for module in block.modules() if isinstance(module, _BatchNorm)]
     moving = [(norm, momentum) for norm, momentum in found if momentum and parts > 1]
