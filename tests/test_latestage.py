@@ -44,3 +44,25 @@ def test_what_is_held_has_the_whole_cache():
     output = late.forward(0, x, 0)
     late.learn(0, Gluing(output, torch.ones_like(output), 8), 1.0, 1, ids=torch.arange(8))
     assert late.held().cache == cache.size([output.shape[1:]])
+
+
+def test_a_batch_is_evaluated_again_before_its_feedback_is_there():
+    """Then `learn` does not, and does the same; and again only if the weights have moved."""
+    found = []
+    for renew in (False, True):
+        late, (x, _) = lower(Correction(curvature=Constant(0.3))), batch(8)
+        passes = []
+        late.stage.block.register_forward_hook(lambda *_: passes.append(1))
+        output = late.forward(0, x, 0)
+        late.forward(1, x, 1)
+        late.learn(0, Gluing(output, torch.ones_like(output), 8), 1.0, 2)
+        late.update()
+        before = len(passes)
+        if renew:
+            late.renew(1)
+            assert len(passes) == before + 1
+        learnt = late.learn(1, Gluing(output, torch.ones_like(output), 8), 1.0, 3)
+        assert len(passes) == before + 1
+        assert learnt.drift > 0
+        found.append([learnt.drift, *(p.grad.clone() for p in late.stage.block.parameters())])
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*found, strict=True))

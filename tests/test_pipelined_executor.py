@@ -16,6 +16,8 @@ from blockprop.checkpoint import load_state, save_state
 from blockprop.correction import Correction
 from blockprop.curvature import Constant, PerExample, Secant
 from blockprop.executors import PipelinedExecutor
+from blockprop.executors.mail import LocalMail
+from blockprop.latestage import LateStage
 from blockprop.objective import TargetTerm
 from blockprop.proximal import proximal_sgd
 from blockprop.schedules import Action, Latency, parallel, pipelined, sequential
@@ -520,6 +522,25 @@ def data_again(first):
     rest = data()[first:]
     torch.set_rng_state(state)
     return rest
+
+
+def test_blocks_do_what_they_can_before_they_wait_for_feedback(monkeypatch):
+    order = []
+    renew, take = LateStage.renew, LocalMail.take_feedback
+
+    def renewed(late, number):
+        order.append(("evaluated", late.stage.index, number))
+        renew(late, number)
+
+    def taken(mail, k, number):
+        order.append(("taken", k, number))
+        return take(mail, k, number)
+
+    monkeypatch.setattr(LateStage, "renew", renewed)
+    monkeypatch.setattr(LocalMail, "take_feedback", taken)
+    trained(PipelinedExecutor())
+    assert order[::2] == [("evaluated", *rest) for _, *rest in order[1::2]]
+    assert len(order) == 2 * 2 * 12
 
 
 def test_running_statistics_move_once_a_batch():

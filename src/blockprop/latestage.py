@@ -88,6 +88,7 @@ class LateStage:
         self.cache = cache
         self.probe = Probe(stage)
         self.flights: dict[int, Evaluation] = {}
+        self._old: dict[int, Tensor] = {}  # b_old(h), of flights that are evaluated anew (`renew`)
         self._sent: dict[int, tuple[int, int]] = {}  # by flight: the tick, and the block's version
         # by place in the batch: whether no update came between forward and backward last time; a schedule repeats
         self._still: dict[int, bool] = {}
@@ -167,6 +168,22 @@ class LateStage:
             return self.stage.add_gradient(evaluation, target), None
         return self.stage.train(evaluation, target)
 
+    def renew(self, number: int) -> None:
+        """Evaluate a batch at the present weights, unless they are what they were.
+
+        `learn` does so itself; whoever calls this before it takes the feedback in has the feedback travel meanwhile.
+
+        Args:
+            number: of a batch on its way, of which the block learns before its next update.
+        """
+        evaluation, (_, version) = self.flights[number], self._sent[number]
+        # at the weights that it was evaluated with, it need not be evaluated again
+        still = self._still[number % self.parts] = version == self.version and not evaluation.weights
+        self._old[number] = evaluation.output.detach()
+        if not self.correction.reuse and not still:
+            evaluation.at_present_weights()
+        evaluation.with_graph()
+
     def learn(
         self,
         number: int,
@@ -187,16 +204,13 @@ class LateStage:
             ask: whom to ask for slopes, where the curvature wants to be measured now; None for nobody.
             ids: the examples' numbers; the feedback is then kept in the cache.
         """
-        evaluation, (sent, version) = self.flights.pop(number), self._sent.pop(number)
+        if number not in self._old:
+            self.renew(number)
+        evaluation, (sent, version), old = self.flights.pop(number), self._sent.pop(number), self._old.pop(number)
         correction, gluing = self.correction, gluing.to(self.stage.device)
-        # at the weights that it was evaluated with, it need not be evaluated again
-        still = self._still[number % self.parts] = version == self.version and not evaluation.weights
         self._fresh = True
         self._share += share
-        old = evaluation.output.detach()
-        if not correction.reuse and not still:
-            evaluation.at_present_weights()
-        new = evaluation.with_graph().output.detach()
+        new = evaluation.output.detach()
         if ask is not None:
             moved = evaluation.moved() if correction.reuse else new
             points = correction.points(old, moved, gluing.direction)

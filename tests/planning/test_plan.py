@@ -69,10 +69,17 @@ def test_lock_step_takes_what_its_slowest_block_takes():
     assert found.busy == pytest.approx([1.0, 1.0], rel=1e-4)
 
 
-def test_a_message_of_lock_step_is_part_of_the_tick():
-    """Both blocks take 12 s and wait for a message of 5 s: nothing is done on the way."""
+@pytest.mark.parametrize(("latency", "expected"), [(1500, 12), (5000, 15.5)])
+def test_lock_step_evaluates_again_while_a_message_is_on_its_way(latency, expected):
+    """Both blocks take 12 s, of which the lower one has 3 s to do before it needs feedback: that is 1.5 s each way."""
+    link = Link(1e9, latency=latency)
+    assert seconds([layer()] * 7, alike(2, link), "blockprop lock-step") == pytest.approx(expected, rel=0.01)
+
+
+def test_a_message_of_lock_step_is_part_of_the_tick_where_nothing_is_evaluated_again():
+    """Both blocks take 12 s, and wait for a message of 5 s."""
     link = Link(1e9, latency=5000)
-    assert seconds([layer()] * 7, alike(2, link), "blockprop lock-step") == pytest.approx(17, rel=1e-4)
+    assert seconds([layer()] * 8, alike(2, link), "blockprop stashed") == pytest.approx(17, rel=0.01)
 
 
 def test_free_running_hides_latency_that_lock_step_waits_for():
@@ -198,7 +205,7 @@ def test_lock_step_does_in_every_tick_what_the_schedule_says(count, parts, again
             else:
                 work[k - 1] += 10 + (again and sent[k, number] != updates[k])
     for k, program in enumerate(lock_step(blocks, parts, again=again)):
-        planned, steps = [0.0] * parts, 2 if k == count - 1 else 3
+        planned, steps = [0.0] * parts, 2 if k == count - 1 else 4
         for tick in range(parts):
             program.receive(("up", tick - 1))
             program.receive(("down", tick - 1))

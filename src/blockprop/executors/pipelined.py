@@ -345,6 +345,7 @@ class PipelinedExecutor:
             tally.link(late.link, learnt, part.share)
             return
         else:
+            late.renew(number)  # while the feedback is on its way
             gluing = mail.take_feedback(k, number)
             ask = (lambda points: mail.ask(k, points, part.labels)) if asks else None
             ids = None if late.cache is None else part.ids

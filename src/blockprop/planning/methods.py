@@ -245,9 +245,10 @@ def zero_bubble(chunks: Sequence[Block], devices: int, microbatches: int) -> lis
 def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> list[Program]:
     """BlockProp's pipeline tick by tick, as [`pipelined`][blockprop.schedules.pipelined] says, when it has filled up.
 
-    Block k learns from the microbatch whose feedback has come, and forwards a new one; the top does the two passes of
-    one microbatch. A tick needs both neighbours' messages of the tick before. What blocks do once a batch, such as an
-    update, they do in different ticks, and each such tick keeps the neighbours waiting.
+    Block k evaluates the microbatch again whose feedback is due, learns from it, and forwards a new one; the top does
+    the two passes of one microbatch. Feedback and inputs are of the tick before, and waited for where they are needed.
+    What blocks do once a batch, such as an update, they do in different ticks, and each such tick keeps the neighbours
+    waiting.
 
     Args:
         blocks: all blocks.
@@ -261,22 +262,21 @@ def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> lis
         block, top, late = blocks[k], k == last, 2 * (last - k)  # ticks that feedback is old
         for tick in itertools.count():
             number = (tick + k) % parts  # in its batch, of what is learnt from: feedback goes a block down in a tick
-            needs: tuple[Hashable, ...] = ()
-            if tick:
-                needs = ("up",) * (k > 0) + ("down",) * (not top)
-                needs = tuple((way, tick - 1) for way in needs)
+            from_below: tuple[Hashable, ...] = (("up", tick - 1),) if k and tick else ()
+            from_above: tuple[Hashable, ...] = (("down", tick - 1),) if not top and tick else ()
             down = (Message(k - 1, ("down", tick), blocks[k - 1].sent),) if k else ()
             done = number == parts - 1
             update = block.update * done + block.taken * (parts > 1)
             if top:
-                yield Step(needs, Task(block.forward + block.backward, down))
+                yield Step(from_below, Task(block.forward + block.backward, down))
                 yield Step((), Task(update, (), done))
                 continue
             moved = number < late - 1  # so many before it were learnt from since its forward, a batch's last among them
-            yield Step(needs, Task(again * moved * block.forward + block.backward, down))
+            yield Step((), Task(again * moved * block.forward))  # while the feedback is on its way
+            yield Step(from_above, Task(block.backward, down))
             yield Step((), Task(update, (), done))
             stashed = block.copied * done * (not again)
-            yield Step((), Task(stashed + block.forward, (Message(k + 1, ("up", tick), block.sent),)))
+            yield Step(from_below, Task(stashed + block.forward, (Message(k + 1, ("up", tick), block.sent),)))
 
     return [Ordered(steps(k)) for k in range(len(blocks))]
 
