@@ -82,7 +82,7 @@ def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
     lighter = [name for name in lrs if name == f"{BACKPROP}, momentum {task.lighter}"]
     warm = [name for name in lrs if name == WARM_BACKPROP]  # a brief task has it not
     alike = [ALIKE] if lrs[ALIKE] != lrs[DEFAULT] else []
-    chosen = list(dict.fromkeys([BACKPROP, *warm, *lighter, DELAYED, *best, DEFAULT, *alike, ASTRAY, TWICE]))
+    chosen = list(dict.fromkeys([BACKPROP, *warm, *lighter, DELAYED, *best, DEFAULT, *alike, TWICE, ASTRAY]))
     rows = tuple(row(task, method, blocks, lr=lrs[method]) for blocks in task.cuts for method in chosen)
     return _study(f"delay-{task.name}", task.title, rows, (0,) if task.brief else (0, 1, 2), task)
 

@@ -1,5 +1,7 @@
 """Settings: what stands for a choice is recorded as chosen, once and for all."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -74,6 +76,20 @@ def test_older_pipelines_had_no_limit_on_the_correction():
         recorded = other.resolved().as_dict()
         del recorded["trust"]
         assert Settings.of_dict(recorded) == other.resolved()
+
+
+def test_feedback_is_sent_twice_where_some_is_lost():
+    settings = Settings(schedule="pipelined", lost=0.05)
+    assert (settings.resolved().copies, settings.messages_late.copies) == (2, 2)
+    assert replace(settings, copies=1).messages_late.copies == 1
+    for other in (Settings(schedule="pipelined"), Settings(schedule="pipelined", copies=1)):
+        assert (other.resolved().copies, other.messages_late.copies) == (None, 1)
+
+
+def test_older_runs_sent_feedback_once():
+    recorded = Settings(schedule="pipelined", lost=0.05).resolved().as_dict()
+    del recorded["copies"]
+    assert Settings.of_dict(recorded).copies == 1
 
 
 def test_a_first_beta_of_none_stays_one():

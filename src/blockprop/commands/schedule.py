@@ -25,7 +25,9 @@ def schedule(
         Parameter(help="How likely delays of 0, 1, ... up to --latency ticks are.", consume_multiple=True),
     ] = (),
     lost: Annotated[float, Parameter(help="Share of the feedback messages that are lost.")] = 0.0,
-    copies: Annotated[int, Parameter(help="How often feedback is sent, with the messages that follow.")] = 1,
+    copies: Annotated[
+        int | None, Parameter(help="How often feedback is sent, with the messages that follow. Default: 2 with --lost.")
+    ] = None,
     seed: Annotated[int, Parameter(help="Of the random latency and losses.")] = 0,
     ticks: Annotated[int, Parameter(help="How many ticks to show.")] = 12,
     draw: Annotated[bool, Parameter(help="A timeline instead of a list.", negative=())] = False,
@@ -33,17 +35,18 @@ def schedule(
     """Show who does what when, and how late the feedback is."""
     if ticks < 1:
         raise ValueError(f"--ticks is {ticks}; expected a whole number of at least 1")
-    if kind != "pipelined" and (microbatches, latency, latency_chances, lost, copies) != (1, 0, (), 0.0, 1):
+    if kind != "pipelined" and (microbatches, latency, latency_chances, lost, copies) != (1, 0, (), 0.0, None):
         raise ValueError(
             "--microbatches, --latency, --latency-chances, --lost and --copies are of the pipelined schedule: leave "
             "them out"
         )
-    if copies != 1 and not lost:
+    if copies is not None and not lost:
         raise ValueError("--copies has no effect without --lost: leave it out")
 
     def made() -> Iterator[schedules.Tick]:
         if kind == "pipelined":
-            delay = schedules.Latency(latency, lost, seed, copies, latency_chances)
+            times = (2 if lost else 1) if copies is None else copies
+            delay = schedules.Latency(latency, lost, seed, times, latency_chances)
             return schedules.pipelined(blocks, microbatches=microbatches, latency=delay)
         return schedules.sequential(blocks) if kind == "sequential" else schedules.parallel(blocks)
 

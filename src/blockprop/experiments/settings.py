@@ -221,11 +221,13 @@ class Settings:
     ] = ()
     lost: Annotated[float, _option(_SCHEDULE, "Share of the feedback messages that are lost.")] = 0.0
     copies: Annotated[
-        int,
+        int | None,
         _option(
-            _SCHEDULE, "How often feedback is sent, with the messages that follow: it is lost if all of these are."
+            _SCHEDULE,
+            "How often feedback is sent, with the messages that follow: it is lost if all of these are. Default: 2 "
+            "with --lost.",
         ),
-    ] = 1
+    ] = None
     prediction: Annotated[
         float, _option(_SCHEDULE, "Forward with weights moved on by this share of the updates until the feedback.")
     ] = 0.0
@@ -370,6 +372,7 @@ class Settings:
             threads=self._threads() if self.threads is None else self.threads,
             optimizer=name,
             microbatches=self.parts,
+            copies=self.messages_late.copies if self.lost else None,
             cache="memory" if self.who_does_what == "cached" and self.cache == "none" else self.cache,
             lr=lr if self.lr is None else self.lr,
             momentum=momentum if self.momentum is None else self.momentum,
@@ -449,7 +452,8 @@ class Settings:
     @property
     def messages_late(self) -> Latency:
         """What the schedule counts on."""
-        return Latency(self.latency, self.lost, self.seed, self.copies, self.latency_chances)
+        copies = (2 if self.lost else 1) if self.copies is None else self.copies
+        return Latency(self.latency, self.lost, self.seed, copies, self.latency_chances)
 
     @property
     def text(self) -> bool:
