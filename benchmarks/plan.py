@@ -8,7 +8,7 @@ samples_per_second. Layer costs and contention are measured here and now, on the
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,15 +24,15 @@ from blockprop.planning.contention import measure_contention
 from blockprop.planning.costs import Layer, measure_layers
 from blockprop.split import layers_of
 
-OVERHEAD = LINKS["loopback"].overhead
-
 
 def links() -> dict[str, Link]:
     """The links of the measurements, by name and by title."""
     found: dict[str, Link] = {}
     for speed in SPEEDS:
         # headers and acknowledgements take a twentieth, as the benchmark's column "by the wire" says
-        link = Link(speed.mbit / 1.05, speed.delay_ms, OVERHEAD) if speed.mbit else LINKS["loopback"]
+        link = LINKS["loopback"]
+        if speed.mbit:
+            link = replace(link, bandwidth=speed.mbit / 1.05, latency=speed.delay_ms)
         found |= {speed.name: link, speed.title: link}
     return found
 

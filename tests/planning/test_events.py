@@ -32,6 +32,18 @@ def test_overhead_keeps_the_link_and_latency_does_not():
     assert link.seconds(1_000_000) == pytest.approx(1.015)
 
 
+def test_a_message_takes_the_device_at_either_end_as_well():
+    """2 MB, 100 ms and 20 ms at 0.1 GB/s: 1.12 s a batch of 1 s. Below it is in the task, above in the next one."""
+    link = Link(1e9, handling=100, copying=0.1)
+    for speed in (1.0, 0.5):
+        first = Ordered(repeated((), lambda n: Task(1.0, (Message(1, ("a", n), 2e6), Message(0, "own", 1e9)), True)))
+        second = Ordered(repeated(("a",), lambda n: Task(0.5, (), True)))
+        run = simulate([first, second], Cluster((speed, 1.0), link), 4)
+        lower = [n * 1.12 / speed for n in range(1, 5)]
+        assert run.ends[0] == pytest.approx(lower)
+        assert run.ends[1] == pytest.approx([end + 0.62 for end in lower], abs=1e-3)
+
+
 def test_a_device_of_twice_the_speed_takes_half_the_time():
     programs = [Ordered(repeated((), lambda n: Task(3.0, (), True))) for _ in range(2)]
     run = simulate(programs, Cluster((1.0, 2.0), FAST), 4)
@@ -59,6 +71,8 @@ def test_a_rate_needs_batches():
         (lambda: Link(float("nan")), "bandwidth is nan"),
         (lambda: Link(1, latency=-1), "latency is -1; expected ms"),
         (lambda: Link(1, overhead=float("inf")), "overhead is inf; expected ms"),
+        (lambda: Link(1, handling=-1), "handling is -1; expected ms"),
+        (lambda: Link(1, copying=0), "copying is 0; expected GB/s, a number above 0"),
         (lambda: Cluster((), FAST), "there is no device"),
         (lambda: Cluster((1.0, 0.0), FAST), "speed is 0.0; expected a finite number above 0"),
         (lambda: Cluster((1.0,), FAST, 0.5), "contention is 0.5; expected a finite number of at least 1"),

@@ -24,7 +24,13 @@ def test_json_has_all_numbers(capsys):
     assert main(["plan", "mlp", *SMALL, *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["cluster"]["speeds"] == [1.0, 0.5]
-    assert found["cluster"]["link"] == {"bandwidth": 10.0, "latency": 2.0, "overhead": 1.1}
+    assert found["cluster"]["link"] == {
+        "bandwidth": 10.0,
+        "latency": 2.0,
+        "overhead": 1.1,
+        "handling": 0.4,
+        "copying": 2.4,
+    }
     assert found["setting"]["batch_size"] == 8
     assert len(found["methods"]) == 9
     assert all(len(each["busy"]) == 2 and each["samples_per_second"] > 0 for each in found["methods"])

@@ -65,6 +65,8 @@ def plan_command(
     bandwidth: Annotated[float, Parameter(help="Of a link, each way, in Mbit/s.")] = 1000.0,
     latency: Annotated[float, Parameter(help="Of a link, one way, in ms.")] = 1.0,
     overhead: Annotated[float, Parameter(help="Of the software, a message, in ms; gloo's by default.")] = 1.1,
+    handling: Annotated[float, Parameter(help="Of the device at either end, a message, in ms; as measured.")] = 0.4,
+    copying: Annotated[float, Parameter(help="Of messages by the device at either end, in GB/s; as measured.")] = 2.4,
     contention: Annotated[
         float | Literal["measured"],
         Parameter(help="How many times longer a device takes beside another one; measured: for two on this machine."),
@@ -89,7 +91,8 @@ def plan_command(
         require_matplotlib()
         _check_picture(plot)
     all_speeds = speeds * blocks if len(speeds) == 1 else speeds
-    cluster = Cluster(all_speeds, Link(bandwidth, latency, overhead), 1.0 if contention == "measured" else contention)
+    link = Link(bandwidth, latency, overhead, handling, copying)
+    cluster = Cluster(all_speeds, link, 1.0 if contention == "measured" else contention)
     setting = Setting(batch_size, microbatches, parts, refresh, in_flight)
     sizes: dict[str, Any] = {"width": width, "depth": depth, "context": context, "batch_size": batch_size}
     layers = costs_of(model, **sizes, repeats=repeats)

@@ -130,7 +130,7 @@ class Run(NamedTuple):
         return [min(1.0, rate * (at[-1] - at[len(at) // 2]) / (len(at) - 1 - len(at) // 2)) for at in self.worked]
 
 
-_Arrival = tuple[float, int, Hashable]  # when, where, and what is heard there
+_Arrival = tuple[float, int, Hashable, float]  # when, where, what is heard there, and how long that occupies the device
 
 
 class _Links:
@@ -188,7 +188,11 @@ class _Links:
             queue = self._waiting(sender, message.receiver, now)
             through = max(ready, queue[-1][1] if queue else 0.0) + self._link.occupied(message.size)
             queue.append((ready, through))
-        return [(through + self._latency, message.receiver, message.tag)]
+        return [(through + self._latency, message.receiver, message.tag, self.handling(message))]
+
+    def handling(self, message: Message) -> float:
+        """Seconds that a message takes of the device at either end."""
+        return self._link.handled(message.size) if message.size else 0.0
 
 
 def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run:
@@ -203,7 +207,7 @@ def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run
         ValueError: fewer batches.
 
     A task takes its seconds divided by the device's speed, and `contention` times that if another device works when it
-    begins.
+    begins; and the handling of its messages, those that have come since the last task among them.
 
     >>> from blockprop.planning.cluster import Link
     >>> first = Ordered(Step((), Task(1.0, (Message(1, n, 125_000),), True)) for n in range(6))
@@ -218,15 +222,15 @@ def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run
         raise ValueError(f"cannot take a rate from {batches} batches; expected at least 4")
     links, slower = _Links(cluster.link), cluster.contention
     running: list[Task | None] = [None] * len(programs)
-    spent = [0.0] * len(programs)
+    spent, occupied = [0.0] * len(programs), [0.0] * len(programs)
     run = Run([[] for _ in programs], [[] for _ in programs])
-    events: list[tuple[float, int, int, Hashable | None]] = []
+    events: list[tuple[float, int, int, Hashable | None, float]] = []
     working = unfinished = 0
     number = itertools.count()
 
     def hear(arrivals: Sequence[_Arrival]) -> None:
-        for when, device, tag in arrivals:
-            heapq.heappush(events, (when, next(number), device, tag))
+        for when, device, tag, handling in arrivals:
+            heapq.heappush(events, (when, next(number), device, tag, handling))
 
     def begin(device: int, now: float) -> None:
         nonlocal working
@@ -235,19 +239,22 @@ def simulate(programs: Sequence[Program], cluster: Cluster, batches: int) -> Run
             hear(links.ask(device, programs[device].wanted(), now))
             return
         hear(links.ask(device, task.asks, now))
-        seconds = task.seconds / cluster.speeds[device] * (slower if working else 1.0)
+        handling = occupied[device] + sum(links.handling(one) for one in task.sends if one.receiver != device)
+        occupied[device] = 0.0
+        seconds = (task.seconds * (slower if working else 1.0) + handling) / cluster.speeds[device]
         working += 1
         spent[device] += seconds
-        heapq.heappush(events, (now + seconds, next(number), device, None))
+        heapq.heappush(events, (now + seconds, next(number), device, None, 0.0))
 
     for device in range(len(programs)):
         begin(device, 0.0)
     unfinished = len(programs)
     while unfinished:
         assert events, "every device waits for another"
-        now, _, device, tag = heapq.heappop(events)
+        now, _, device, tag, handling = heapq.heappop(events)
         if tag is not None:
             programs[device].receive(tag)
+            occupied[device] += handling
             if running[device] is None:
                 begin(device, now)
             continue

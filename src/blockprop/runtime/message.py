@@ -90,6 +90,8 @@ def pack(message: Message, precision: Precision = "float32") -> Tensor:
 def unpack(body: Tensor) -> Message:
     """The message in some bytes; its floating-point tensors are of the dtype that they had, on the CPU.
 
+    Those that were sent as they are lie in the bytes themselves: nothing is copied.
+
     Raises:
         ValueError: the bytes are no message.
     """
@@ -104,8 +106,7 @@ def unpack(body: Tensor) -> Message:
         for name, shape in pieces:
             end = -(-end // _ALIGNED) * _ALIGNED
             size = math.prod(shape) * _DTYPES[name].itemsize
-            # a copy, aligned, so that the buffer can go
-            found.append(body[end : end + size].clone().view(_DTYPES[name]).view(shape))
+            found.append(body[end : end + size].view(_DTYPES[name]).view(shape))
             end += size
         value = found[0]
         if len(found) > 1:
