@@ -1,5 +1,7 @@
 """Measured costs: what is measured, how often, and that nothing is changed."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -72,3 +74,10 @@ def test_mistakes(change, message):
 
 def test_contention_is_at_least_one():
     assert 1.0 <= measure_contention(nn.Linear(20, 20), torch.randn(8, 20), seconds=0.05) < 100
+
+
+def test_a_process_that_fails_is_not_waited_for():
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="ended before it had measured; its error is above"):
+        measure_contention(nn.Linear(20, 20), torch.randn(8, 19), seconds=0.05)
+    assert time.monotonic() - start < 60

@@ -4,7 +4,8 @@ import copy
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from queue import Empty
 from typing import Any
 
@@ -41,14 +42,29 @@ def measure_contention(model: nn.Module, inputs: Tensor, seconds: float = 12.0) 
     for process in processes:
         process.start()
     try:
-        ratios = [ratio for _ in processes for ratio in queue.get(timeout=120 + 20 * seconds)]
-    except Empty:
-        raise RuntimeError("a process that measures contention ended before it had measured") from None
+        ratios = [ratio for _ in processes for ratio in _answer(queue, processes, 120 + 20 * seconds)]
     finally:
         for process in processes:
             process.terminate()
             process.join()
     return float(max(1.0, statistics.median(ratios)))
+
+
+def _answer(queue: Any, processes: Sequence[BaseProcess], patience: float) -> list[float]:
+    """What one of the processes has measured; they are looked after meanwhile."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        failed = any(process.exitcode for process in processes)
+        try:
+            found: list[float] = queue.get(timeout=0.2)
+            return found
+        except Empty:
+            if failed:
+                break
+    raise RuntimeError(
+        "a process that measures contention ended before it had measured; its error is above. A script that calls this "
+        "does so under if __name__ == '__main__'"
+    )
 
 
 def _in_turn(place: int, model: nn.Module, inputs: Tensor, seconds: float, barrier: Any, queue: Any) -> None:
