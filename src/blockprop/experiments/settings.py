@@ -207,7 +207,8 @@ class Settings:
         _option(
             _SCHEDULE,
             "Parts of a batch in the pipeline; more of them make feedback younger. Default: as many as there are ticks "
-            "until feedback, 2(K - 1) and more with --latency; of four examples or more, of text one.",
+            "until feedback, 2(K - 1) and more with --latency; of four examples or more, eight with BatchNorm, one of "
+            "text.",
         ),
     ] = None
     latency: Annotated[int, _option(_SCHEDULE, "Every message takes up to so many ticks longer, drawn at random.")] = 0
@@ -446,7 +447,7 @@ class Settings:
         if self.who_does_what != "pipelined" or self.microbatches is not None or self.policy == "free-running":
             return self.microbatches
         ticks = math.ceil(2 * (self.K - 1) * (1 + self.messages_late.mean))
-        least = 1 if self.text else 4  # a window of text is as many predictions as it has characters
+        least = 1 if self.text else 8 if self.batchnorm else 4  # a window of text is as many predictions as characters
         return max(1, min(ticks, self.batch_size // least))
 
     @property
@@ -454,6 +455,11 @@ class Settings:
         """What the schedule counts on."""
         copies = (2 if self.lost else 1) if self.copies is None else self.copies
         return Latency(self.latency, self.lost, self.seed, copies, self.latency_chances)
+
+    @property
+    def batchnorm(self) -> bool:
+        """Whether the network has BatchNorm, whose statistics are a microbatch's."""
+        return self.norm == "batch" or self.model in ("resnet18", "preact-resnet18")
 
     @property
     def text(self) -> bool:
