@@ -1,1 +1,1 @@
-"""What is claimed of blockprop's time and memory, measured: `overhead`, `memory`, `threads` and more, each run by -m."""
+"""What is claimed of blockprop's time and memory, measured: `overhead`, `memory`, `threads` and more, by -m."""
