@@ -66,3 +66,24 @@ def test_a_batch_is_evaluated_again_before_its_feedback_is_there():
         assert learnt.drift > 0
         found.append([learnt.drift, *(p.grad.clone() for p in late.stage.block.parameters())])
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*found, strict=True))
+
+
+def test_what_is_evaluated_again_is_not_what_a_checkpoint_has():
+    """Whoever goes on after an error, or from a checkpoint, finds the output that was sent."""
+    late, (x, _) = lower(Correction(curvature=Constant(0.3))), batch(8)
+    outputs = [late.forward(number, x, number) for number in range(3)]
+    late.learn(0, Gluing(outputs[0], torch.ones_like(outputs[0]), 8), 1.0, 2)
+    late.update()
+    before = late.state_dict()
+    late.renew(1)
+    late.renew(1)
+    flights = {number: state["output"] for number, state in late.state_dict()["flights"]}
+    assert torch.equal(flights[1], outputs[1])
+    drifts = [late.learn(1, Gluing(outputs[1], torch.ones_like(outputs[1]), 8), 1.0, 3).drift]
+    late.renew(2)
+    late.load_state_dict(before)
+    drifts.append(late.learn(1, Gluing(outputs[1], torch.ones_like(outputs[1]), 8), 1.0, 3).drift)
+    late.renew(2)
+    late.drop(2)
+    assert drifts[0] == drifts[1] > 0
+    assert not late.state_dict()["flights"]

@@ -122,7 +122,7 @@ def test_every_pipelined_schedule_is_consistent(blocks, microbatches, longest, l
 
 def test_what_is_lost_counts_for_the_next_update():
     kinds = {1: [], 2: []}
-    for tick in first(pipelined(2, microbatches=4, latency=Latency(0, 0.3, 1)), 80):
+    for tick in first(pipelined(2, microbatches=4, latency=Latency(0, 0.3, 1, copies=1)), 80):
         for k, kind, _ in tick:
             if kind != "forward":
                 kinds[k].append(kind)

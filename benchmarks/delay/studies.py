@@ -8,10 +8,10 @@ from typing import Any
 from benchmarks.delay import tables
 from benchmarks.delay.tasks import (
     ALIKE,
-    ASTRAY,
     BACKPROP,
     DEFAULT,
     DELAYED,
+    ONCE,
     TWICE,
     WARM_BACKPROP,
     Task,
@@ -68,7 +68,8 @@ def tuning(task: Task) -> Study:
 def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
     """Backprop with and without a warm-up, the delayed gradient, the default, and the best others.
 
-    The default is there at its own step size, at backprop's if that is another, and, at backprop's, astray.
+    The default is there at its own step size, at backprop's if that is another, and, at backprop's, where
+    messages are late and lost.
 
     Args:
         task: the task.
@@ -78,11 +79,11 @@ def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
     losses = {one.row.label: tables.at_budget(one, task) for one in outcomes}
     others = [name for name in lrs if name != DELAYED and not name.startswith(BACKPROP)]
     best = sorted(others, key=lambda name: math.inf if (loss := losses[name]) is None else loss)[:3]
-    lrs |= dict.fromkeys((ALIKE, ASTRAY, TWICE), lrs[BACKPROP])
+    lrs |= dict.fromkeys((ALIKE, ONCE, TWICE), lrs[BACKPROP])
     lighter = [name for name in lrs if name == f"{BACKPROP}, momentum {task.lighter}"]
     warm = [name for name in lrs if name == WARM_BACKPROP]  # a brief task has it not
     alike = [ALIKE] if lrs[ALIKE] != lrs[DEFAULT] else []
-    chosen = list(dict.fromkeys([BACKPROP, *warm, *lighter, DELAYED, *best, DEFAULT, *alike, TWICE, ASTRAY]))
+    chosen = list(dict.fromkeys([BACKPROP, *warm, *lighter, DELAYED, *best, DEFAULT, *alike, TWICE, ONCE]))
     rows = tuple(row(task, method, blocks, lr=lrs[method]) for blocks in task.cuts for method in chosen)
     return _study(f"delay-{task.name}", task.title, rows, (0,) if task.brief else (0, 1, 2), task)
 

@@ -12,8 +12,9 @@ DELAYED, DEFAULT = "delayed gradient", "targets, microbatches, warm-up"
 """The baseline, with and without a warm-up; the naive pipeline; and the default of `--schedule pipelined`."""
 ALIKE = "the default at backprop's step size"
 TWICE = "the default, messages up to 4 x as late, 5 % lost, sent twice"
-ASTRAY = "the default, messages up to 4 x as late, 5 % lost"
-"""The default sends feedback twice where some of it is lost; and without that."""
+ONCE = "the default, messages up to 4 x as late, 5 % lost, sent once"
+"""The default at backprop's step size; and there, where messages are late and lost: it then sends feedback twice; and
+without that."""
 
 
 @dataclass(frozen=True)
@@ -181,4 +182,4 @@ def variants(task: Task) -> dict[str, dict[str, Any]]:
     """The default at another step size, and where every message takes one to four ticks and every twentieth is lost."""
     default = methods(task)[DEFAULT]
     twice = default | {"latency": 3, "lost": 0.05}
-    return {ALIKE: default, TWICE: twice, ASTRAY: twice | {"copies": 1}}
+    return {ALIKE: default, TWICE: twice, ONCE: twice | {"copies": 1}}

@@ -64,7 +64,7 @@ def kept(block: nn.Module, inputs: Tensor) -> Tensor:
 
 @contextmanager
 def microbatched(block: nn.Module, parts: int) -> Iterator[None]:
-    """Let running statistics move as far in the M microbatches of a batch as they do in a whole one.
+    """Let running statistics move as far in M microbatches with examples as they do in a whole batch.
 
     A BatchNorm's momentum m is then 1 - (1 - m)^(1/M). At m they would be of an M-th of the examples, and noisier.
     """

@@ -1,8 +1,9 @@
 """A stage of a pipeline: what it has on its way, and what it does with feedback that comes late.
 
-A batch's *flight* is the stage's evaluation of it, from the forward pass until the feedback is back. The stage then
-evaluates the same batch again at its present weights, with the same dropout masks, unless they are what they were; and
-takes its gradient there, against the target that the feedback makes of the output it had sent (`TargetTerm`).
+A batch's *flight* is the stage's evaluation of it, from the forward pass until the feedback is back. While that is on
+its way, or when it has come, the stage evaluates the batch again at its present weights, with the same dropout masks,
+unless they are what they were; and takes its gradient there, against the target that the feedback makes of the output
+it had sent (`TargetTerm`).
 
 One late stage serves the simulation of a pipeline in one process and the runtime with a process for every block:
 whoever runs it moves the messages.
@@ -176,13 +177,15 @@ class LateStage:
         Args:
             number: of a batch on its way, of which the block learns before its next update.
         """
-        evaluation, (_, version) = self.flights[number], self._sent[number]
+        if number in self._old:
+            return
+        evaluation, (_, version), old = self.flights[number], self._sent[number], self.flights[number].output.detach()
         # at the weights that it was evaluated with, it need not be evaluated again
         still = self._still[number % self.parts] = version == self.version and not evaluation.weights
-        self._old[number] = evaluation.output.detach()
         if not self.correction.reuse and not still:
             evaluation.at_present_weights()
         evaluation.with_graph()
+        self._old[number] = old
 
     def learn(
         self,
@@ -204,8 +207,7 @@ class LateStage:
             ask: whom to ask for slopes, where the curvature wants to be measured now; None for nobody.
             ids: the examples' numbers; the feedback is then kept in the cache.
         """
-        if number not in self._old:
-            self.renew(number)
+        self.renew(number)
         evaluation, (sent, version), old = self.flights.pop(number), self._sent.pop(number), self._old.pop(number)
         correction, gluing = self.correction, gluing.to(self.stage.device)
         self._fresh = True
@@ -285,8 +287,8 @@ class LateStage:
 
     def drop(self, number: int) -> None:
         """Forget a batch whose feedback is lost."""
-        self.flights.pop(number, None)
-        self._sent.pop(number, None)
+        for kept in (self.flights, self._sent, self._old):
+            kept.pop(number, None)
         self._fresh = self._lost = True
 
     def absent(self) -> None:
@@ -369,7 +371,10 @@ class LateStage:
     def state_dict(self) -> dict[str, Any]:
         """What is on its way: a tree for a checkpoint. The curvature and the stage have their own."""
         return {
-            "flights": [[number, evaluation.state()] for number, evaluation in self.flights.items()],
+            "flights": [
+                [number, evaluation.state() | ({"output": self._old[number]} if number in self._old else {})]
+                for number, evaluation in self.flights.items()
+            ],
             "sent": [[number, *sent] for number, sent in self._sent.items()],
             "velocity": list(self._velocity),
             "fresh": self._fresh,
@@ -388,7 +393,7 @@ class LateStage:
             )
             for number, saved in state["flights"]
         }
-        self.flights = restored
+        self.flights, self._old = restored, {}
         self._sent = {number: (tick, version) for number, tick, version in state["sent"]}
         self._velocity = [mean.to(stage.device) for mean in state["velocity"]]
         self._fresh, self._count = state["fresh"], state["count"]

@@ -93,8 +93,8 @@ class Latency:
         lost: share of the feedback messages that never arrive, in [0, 1), default 0. The blocks below the loss
             do not learn from that batch.
         seed: of both draws, default 0.
-        copies: how often feedback is sent, default 1: with a message of its own, and again with each of the
-            `copies` - 1 messages that follow on its link. It is lost if all of them are.
+        copies: how often feedback is sent: with a message of its own, and again with each of the `copies` - 1 messages
+            that follow on its link. It is lost if all of them are. Default 2 where some are lost, else 1.
         chances: of the extra delays 0, ..., L, as numbers in proportion to them, such as (9, 0, 0, 1) for a link
             on which every tenth message straggles by three ticks; default: all alike.
 
@@ -105,8 +105,13 @@ class Latency:
     longest: int = 0
     lost: float = 0.0
     seed: int = 0
-    copies: int = 1
+    copies: int | None = None
     chances: tuple[float, ...] = ()
+
+    @property
+    def times(self) -> int:
+        """How often feedback is sent."""
+        return self.copies or (2 if self.lost else 1)
 
     @property
     def mean(self) -> float:
@@ -128,7 +133,7 @@ class Latency:
             raise ValueError(f"longest delay is {self.longest}; expected a whole number of ticks, at least 0")
         if not 0 <= self.lost < 1:
             raise ValueError(f"share of lost messages is {self.lost}; expected a number in [0, 1)")
-        if isinstance(self.copies, bool) or not isinstance(self.copies, int) or self.copies < 1:
+        if self.copies is not None and (type(self.copies) is not int or self.copies < 1):
             raise ValueError(f"copies of the feedback are {self.copies}; expected a whole number of at least 1")
         if self.chances and (
             len(self.chances) != self.longest + 1
@@ -169,7 +174,7 @@ class _Outbox:
 
     def send(self, batch: int) -> tuple[bool, list[int]]:
         """Whether the feedback of a batch will ever arrive; and what arrives with this message, if anything."""
-        while len(self._fates) < self._latency.copies:
+        while len(self._fates) < self._latency.times:
             self._fates.append(not self._latency.lost or self._random.random() >= self._latency.lost)
         if arrives := any(self._fates):
             self._waiting.append(batch)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from benchmarks.delay import studies, tables
-from benchmarks.delay.tasks import ALIKE, ASTRAY, BACKPROP, DEFAULT, DELAYED, TWICE, WARM_BACKPROP, tasks
+from benchmarks.delay.tasks import ALIKE, BACKPROP, DEFAULT, DELAYED, ONCE, TWICE, WARM_BACKPROP, tasks
 
 from blockprop.studies.study import Outcome
 
@@ -41,7 +41,7 @@ def test_what_waits_for_step_sizes_and_what_does_not():
     assert studies.names(BRIEF["mlp"]) == ["methods", "finals"]
 
 
-def test_the_best_three_go_on_and_the_default_astray_at_the_step_size_of_backprop(tmp_path):
+def test_the_best_three_go_on_and_the_default_under_losses_at_the_step_size_of_backprop(tmp_path):
     task = TASKS["mlp"]
     rows = studies.tuning(task).rows
     losses = {row.label: 1.0 + index / 100 for index, row in enumerate(rows)}
@@ -52,11 +52,11 @@ def test_the_best_three_go_on_and_the_default_astray_at_the_step_size_of_backpro
     ]
     final = [row for row in studies.finals(task, found).rows if row.panel.endswith("K = 8")]
     best = ["SpecTrain: weight prediction", "DC-ASGD, λ = 0.1", "targets, κ = 0.1"]
-    assert [row.label for row in final] == [BACKPROP, WARM_BACKPROP, DELAYED, *best, DEFAULT, ALIKE, TWICE, ASTRAY]
+    assert [row.label for row in final] == [BACKPROP, WARM_BACKPROP, DELAYED, *best, DEFAULT, ALIKE, TWICE, ONCE]
     assert (final[-3].settings.lr, final[-3].settings.latency) == (0.1, 0)
-    twice, astray = (row.settings for row in final[-2:])
-    assert (astray.lr, astray.latency, astray.lost, astray.blocks) == (0.1, 3, 0.05, 8)
-    assert replace(twice, copies=1) == astray
+    twice, once = (row.settings for row in final[-2:])
+    assert (once.lr, once.latency, once.lost, once.blocks) == (0.1, 3, 0.05, 8)
+    assert replace(twice, copies=1) == once
     assert twice.resolved().copies == 2
 
 

@@ -127,6 +127,7 @@ def test_what_was_chosen_is_recorded(tmp_path):
         ({"blocks": 8, "batch_size": 32, "data": "shakespeare"}, 14),
         ({"blocks": 8, "batch_size": 64, "data": "cifar10", "model": "resnet18"}, 8),
         ({"blocks": 8, "batch_size": 48, "norm": "batch"}, 6),
+        ({"blocks": 8, "batch_size": 96, "norm": "batch", "executor": "processes", "replicas": 2}, 6),
         ({"blocks": 4, "latency": 3}, 15),
         ({"blocks": 4, "microbatches": 3}, 3),
         ({"split_at": ("layer2", "layer3"), "depth": 3}, 4),

@@ -80,10 +80,10 @@ def test_older_pipelines_had_no_limit_on_the_correction():
 
 def test_feedback_is_sent_twice_where_some_is_lost():
     settings = Settings(schedule="pipelined", lost=0.05)
-    assert (settings.resolved().copies, settings.messages_late.copies) == (2, 2)
-    assert replace(settings, copies=1).messages_late.copies == 1
+    assert (settings.resolved().copies, settings.messages_late.times) == (2, 2)
+    assert replace(settings, copies=1).messages_late.times == 1
     for other in (Settings(schedule="pipelined"), Settings(schedule="pipelined", copies=1)):
-        assert (other.resolved().copies, other.messages_late.copies) == (None, 1)
+        assert (other.resolved().copies, other.messages_late.times) == (None, 1)
 
 
 def test_older_runs_sent_feedback_once():

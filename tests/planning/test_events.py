@@ -33,8 +33,8 @@ def test_overhead_keeps_the_link_and_latency_does_not():
 
 
 def test_a_message_takes_the_device_at_either_end_as_well():
-    """2 MB, 100 ms and 20 ms at 0.1 GB/s: 1.12 s a batch of 1 s. Below it is in the task, above in the next one."""
-    link = Link(1e9, handling=100, copying=0.1)
+    """2 MB, 100 ms and 10 ms for each: 1.12 s a batch of 1 s. Below it is in the task, above in the next one."""
+    link = Link(1e9, handling=100, copying=10)
     for speed in (1.0, 0.5):
         first = Ordered(repeated((), lambda n: Task(1.0, (Message(1, ("a", n), 2e6), Message(0, "own", 1e9)), True)))
         second = Ordered(repeated(("a",), lambda n: Task(0.5, (), True)))
@@ -72,7 +72,7 @@ def test_a_rate_needs_batches():
         (lambda: Link(1, latency=-1), "latency is -1; expected ms"),
         (lambda: Link(1, overhead=float("inf")), "overhead is inf; expected ms"),
         (lambda: Link(1, handling=-1), "handling is -1; expected ms"),
-        (lambda: Link(1, copying=0), "copying is 0; expected GB/s, a number above 0"),
+        (lambda: Link(1, copying=-1), "copying is -1; expected ms"),
         (lambda: Cluster((), FAST), "there is no device"),
         (lambda: Cluster((1.0, 0.0), FAST), "speed is 0.0; expected a finite number above 0"),
         (lambda: Cluster((1.0,), FAST, 0.5), "contention is 0.5; expected a finite number of at least 1"),

@@ -45,8 +45,7 @@ def schedule(
 
     def made() -> Iterator[schedules.Tick]:
         if kind == "pipelined":
-            times = (2 if lost else 1) if copies is None else copies
-            delay = schedules.Latency(latency, lost, seed, times, latency_chances)
+            delay = schedules.Latency(latency, lost, seed, copies, latency_chances)
             return schedules.pipelined(blocks, microbatches=microbatches, latency=delay)
         return schedules.sequential(blocks) if kind == "sequential" else schedules.parallel(blocks)
 

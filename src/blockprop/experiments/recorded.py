@@ -13,10 +13,10 @@ def under_todays_names(recorded: dict[str, Any]) -> dict[str, Any]:
     """What older runs recorded, as it would be recorded now."""
     if "lr_schedule" not in recorded and "schedule" in recorded:
         recorded = {**recorded, "lr_schedule": recorded["schedule"], "schedule": None}
-    older = "copies" not in recorded  # than the first run that could set β1 and recorded it so
+    older = "copies" not in recorded
     if older and recorded.get("optimizer") in ("adam", "adamw", "nadam") and recorded.get("momentum") == 0:
-        recorded = {**recorded, "momentum": USUAL_MOMENTUM["adam"]}  # it was not theirs to set
-    if "copies" not in recorded and recorded.get("lost"):
+        recorded = {**recorded, "momentum": USUAL_MOMENTUM["adam"]}  # β1 was not theirs to set
+    if older and recorded.get("lost"):
         recorded = {**recorded, "copies": 1}  # feedback was sent once
     if "trust" not in recorded and recorded.get("feedback") == "target" and recorded.get("schedule") == "pipelined":
         recorded = {**recorded, "trust": "none"}  # corrections had no limit

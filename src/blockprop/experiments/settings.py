@@ -373,7 +373,7 @@ class Settings:
             threads=self._threads() if self.threads is None else self.threads,
             optimizer=name,
             microbatches=self.parts,
-            copies=self.messages_late.copies if self.lost else None,
+            copies=self.messages_late.times if self.lost else None,
             cache="memory" if self.who_does_what == "cached" and self.cache == "none" else self.cache,
             lr=lr if self.lr is None else self.lr,
             momentum=momentum if self.momentum is None else self.momentum,
@@ -448,13 +448,13 @@ class Settings:
             return self.microbatches
         ticks = math.ceil(2 * (self.K - 1) * (1 + self.messages_late.mean))
         least = 1 if self.text else 8 if self.batchnorm else 4  # a window of text is as many predictions as characters
-        return max(1, min(ticks, self.batch_size // least))
+        replicas = self.replicas if self.executor == "processes" else 1
+        return max(1, min(ticks, self.batch_size // replicas // least))
 
     @property
     def messages_late(self) -> Latency:
         """What the schedule counts on."""
-        copies = (2 if self.lost else 1) if self.copies is None else self.copies
-        return Latency(self.latency, self.lost, self.seed, copies, self.latency_chances)
+        return Latency(self.latency, self.lost, self.seed, self.copies, self.latency_chances)
 
     @property
     def batchnorm(self) -> bool:

@@ -60,11 +60,11 @@ def _answer(queue: Any, processes: Sequence[BaseProcess], patience: float) -> li
             return found
         except Empty:
             if failed:
-                break
-    raise RuntimeError(
-        "a process that measures contention ended before it had measured; its error is above. A script that calls this "
-        "does so under if __name__ == '__main__'"
-    )
+                raise RuntimeError(
+                    "a process that measures contention ended before it had measured; its error is above. A script "
+                    "that calls this does so under if __name__ == '__main__'"
+                ) from None
+    raise RuntimeError(f"the processes that measure contention have not answered within {patience:g} seconds")
 
 
 def _in_turn(place: int, model: nn.Module, inputs: Tensor, seconds: float, barrier: Any, queue: Any) -> None:

@@ -253,8 +253,8 @@ def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> lis
     Args:
         blocks: all blocks.
         parts: M, one update for so many microbatches.
-        again: whether a block evaluates a microbatch again when its feedback has come, if an update came between; not
-            with stashed weights.
+        again: whether a block evaluates a microbatch again, if an update came since its forward pass; not with stashed
+            weights.
     """
     last = len(blocks) - 1
 

@@ -265,7 +265,7 @@ class FreeRunningExecutor:
             "passed": self.passed,
             "visits": None if self._visits is None else self._visits.counts,
             "ids": [[n, ids] for n, ids in self._ids.items()],
-            "messages": [[m.kind, m.number, list(m.values), dict(m.more)] for m in self.remote.snapshot()],
+            "messages": [message.state() for message in self.remote.snapshot()],
             "late": self._late.state_dict(),
             "correction": self.correction.state_dict(),
         }

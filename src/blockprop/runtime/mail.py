@@ -87,7 +87,7 @@ class RemoteMail:
 
     def state_dict(self) -> dict[str, Any]:
         """What the neighbours have sent and is not yet taken; all processes call it at the same point."""
-        return {"messages": [[m.kind, m.number, list(m.values), dict(m.more)] for m in self._snapshot()]}
+        return {"messages": [message.state() for message in self._snapshot()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put it back."""

@@ -40,6 +40,10 @@ class Message:
     values: Sequence[Tensor] = ()
     more: dict[str, Any] = field(default_factory=dict)
 
+    def state(self) -> list[Any]:
+        """As a list for a checkpoint, with tensors of their own; `Message(*state)` is the message."""
+        return [self.kind, self.number, [value.clone() for value in self.values], dict(self.more)]
+
 
 def _coarser(value: Tensor, precision: Precision) -> list[Tensor]:
     """The tensors that stand for one: itself, itself rounded, or whole numbers and a scale per example."""
