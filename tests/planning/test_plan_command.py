@@ -27,9 +27,9 @@ def test_json_has_all_numbers(capsys):
     assert found["cluster"]["link"] == {
         "bandwidth": 10.0,
         "latency": 2.0,
-        "overhead": 0.35,
-        "handling": 0.4,
-        "copying": 0.35,
+        "overhead": 0.3,
+        "handling": 0.45,
+        "copying": 0.28,
     }
     assert found["setting"]["batch_size"] == 8
     assert len(found["methods"]) == 9

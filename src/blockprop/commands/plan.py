@@ -64,9 +64,9 @@ def plan_command(
     ] = (1.0,),
     bandwidth: Annotated[float, Parameter(help="Of a link, each way, in Mbit/s.")] = 1000.0,
     latency: Annotated[float, Parameter(help="Of a link, one way, in ms.")] = 1.0,
-    overhead: Annotated[float, Parameter(help="Of the software, a message, in ms; gloo's by default.")] = 0.35,
-    handling: Annotated[float, Parameter(help="Of the device at either end, a message, in ms; as measured.")] = 0.4,
-    copying: Annotated[float, Parameter(help="The same for each MB of a message, in ms; as measured.")] = 0.35,
+    overhead: Annotated[float, Parameter(help="Of the software, a message, in ms; as measured.")] = 0.3,
+    handling: Annotated[float, Parameter(help="Of the device at either end, a message, in ms; as measured.")] = 0.45,
+    copying: Annotated[float, Parameter(help="The same for each MB of a message, in ms; as measured.")] = 0.28,
     contention: Annotated[
         float | Literal["measured"],
         Parameter(help="How many times longer a device takes beside another one; measured: for two on this machine."),

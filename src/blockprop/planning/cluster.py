@@ -50,7 +50,7 @@ class Link:
         return self.occupied(size) + self.latency / 1e3
 
 
-LINKS = {"loopback": Link(25_000, 0.0, 0.35, 0.4, 0.35), "wan": Link(100, 20, 0.35, 0.4, 0.35)}
+LINKS = {"loopback": Link(45_000, 0.0, 0.3, 0.45, 0.28), "wan": Link(100, 20, 0.3, 0.45, 0.28)}
 """Links that were measured: messages between two processes of one machine (`python -m benchmarks.messages`), of whose
 time until they are there the processors' at both ends is a part; and a slow link of 100 Mbit/s and 20 ms."""
 
