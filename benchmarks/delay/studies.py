@@ -33,7 +33,7 @@ REFRESH = (2, 4, 8)
 
 def names(task: Task) -> list[str]:
     """The studies of a task; a brief one has the first two."""
-    without = {"stable": task.brief, "longer": not task.long, "cached": task.again is None}
+    without = {"stable": not task.trial, "longer": not task.long, "cached": task.again is None}
     return [name for name in ALL if not without.get(name)]
 
 
@@ -90,7 +90,7 @@ def finals(task: Task, outcomes: Sequence[Outcome]) -> Study:
 
 def stable(task: Task) -> Study:
     """Backprop, the delayed gradient and the default at K = 4, with the smallest step size doubled time and again."""
-    steps = task.budget // 2
+    steps = task.trial
     rows = tuple(
         Row(method, f"step size {lr:g}", replace(row(task, method, 4, lr=lr).settings, steps=steps))
         for method in (BACKPROP, DELAYED, DEFAULT)

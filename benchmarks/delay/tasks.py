@@ -32,6 +32,7 @@ class Task:
         cuts: K of the final table.
         again: settings of the study of caches, in which the same examples come in several epochs; None where no two
             epochs show the same.
+        trial: steps with each of ever larger step sizes; 0 for none, where so few steps tell nothing.
         long: steps of the longer row, with a warm-up and cosine decay; 0 for none.
         tuning: what is other in the runs that choose a step size, beside their length.
         brief: few methods and few evaluations.
@@ -45,6 +46,7 @@ class Task:
     chance: float
     lighter: float | None = None
     cuts: tuple[int, ...] = (2, 4, 8)
+    trial: int = 0
     long: int = 0
     again: Settings | None = None
     tuning: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +80,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
             (0.05, 0.1, 0.2),
             nesterov,
             math.log(10),
+            trial=450,
             again=replace(mnist, epochs=8, lr=0.1),
         ),
         Task(
@@ -88,6 +91,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
             {"optimizer": "nadam"},
             characters,
             lighter=0.8,
+            trial=150,
             long=3000,
         ),
         Task(
@@ -98,6 +102,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
             {},
             characters,
             cuts=(4,),
+            trial=150,
             tuning={"evaluate_every": 100},
         ),
         Task(
@@ -122,6 +127,7 @@ def tasks(data_dir: Path | None, *, quick: bool) -> list[Task]:
                 settings=replace(one.settings, steps=steps[one.name], lr=one.lrs[1]),
                 lrs=(),
                 cuts=(2, 4),
+                trial=0,
                 long=0,
                 again=None,
                 brief=True,
