@@ -523,6 +523,17 @@ def test_the_one_error_is_said_once(tmp_path):
     assert "the loss is" in error
 
 
+def test_under_torchrun_the_one_error_is_said_once(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["train", *TWO, *PROCESSES, "--lr", "1e9", "--warmup", "0", "--steps", "500", "--out", tmp_path / "run"]
+    began = time.monotonic()
+    code, _, error = ended(start(*torchrun, "-m", "blockprop", *words))
+    assert code == 1
+    assert time.monotonic() - began < 60
+    [line] = [line for line in error.splitlines() if line.startswith("blockprop: ")]  # the others are torchrun's
+    assert line.startswith("blockprop: error: the loss is")
+
+
 def test_a_store_for_others_is_opened_by_a_flag_alone(monkeypatch):
     for name, value in {**MASTER, "MASTER_ADDR": "10.0.0.1", "RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
