@@ -113,8 +113,12 @@ def _cells(
             spread(one.values("test_loss"), lambda value: f"{value:.4f}")
             if one.row.by_loss
             else spread(one.values("test_accuracy"), percent),
-            str(len(one.summaries)) + (f", {one.diverged} diverged" if one.diverged else ""),
+            _seeds(one),
         ]
+
+
+def _seeds(one: Outcome) -> str:
+    return str(len(one.summaries)) + (f", {one.diverged} diverged" if one.diverged else "")
 
 
 def tell_stable(study: Study, outcomes: Sequence[Outcome], task: Task) -> str:
@@ -152,7 +156,7 @@ def tell_cached(study: Study, outcomes: Sequence[Outcome]) -> str:
                     spread(one.values("test_accuracy"), percent),
                     f"{100 * statistics.fmean(gains):+.2f}" if gains else "",
                     spread(one.values("test_loss"), lambda value: f"{value:.4f}"),
-                    str(len(one.summaries)) + (f", {one.diverged} diverged" if one.diverged else ""),
+                    _seeds(one),
                 ]
             )
         header = ["", "test accuracy %", "to backprop, points", "test loss", "seeds"]
@@ -177,7 +181,7 @@ def tell_longer(study: Study, outcomes: Sequence[Outcome]) -> str:
                     spread(ends, lambda value: f"{value:.4f}"),
                     spread(one.values("test_accuracy"), percent),
                     f"{-100 * statistics.fmean(gains):+.2f}" if gains else "",
-                    str(len(one.summaries)) + (f", {one.diverged} diverged" if one.diverged else ""),
+                    _seeds(one),
                 ]
             )
         header = ["", "step size", "last validation loss", "test accuracy %", "behind, points", "seeds"]

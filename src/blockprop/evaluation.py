@@ -68,8 +68,8 @@ def microbatched(block: nn.Module, parts: int) -> Iterator[None]:
 
     A BatchNorm's momentum m is then 1 - (1 - m)^(1/M). At m they would be of an M-th of the examples, and noisier.
     """
-    found = [(module, module.momentum) for module in block.modules() if isinstance(module, _BatchNorm)]
-    moving = [(norm, momentum) for norm, momentum in found if momentum and parts > 1]
+    found = [module for module in block.modules() if isinstance(module, _BatchNorm)] if parts > 1 else []
+    moving = [(norm, norm.momentum) for norm in found if norm.momentum]
     for norm, momentum in moving:
         norm.momentum = 1 - (1 - momentum) ** (1 / parts)
     try:

@@ -179,7 +179,8 @@ class LateStage:
         """
         if number in self._old:
             return
-        evaluation, (_, version), old = self.flights[number], self._sent[number], self.flights[number].output.detach()
+        evaluation, (_, version) = self.flights[number], self._sent[number]
+        old = evaluation.output.detach()
         # at the weights that it was evaluated with, it need not be evaluated again
         still = self._still[number % self.parts] = version == self.version and not evaluation.weights
         if not self.correction.reuse and not still:
@@ -372,7 +373,7 @@ class LateStage:
         """What is on its way: a tree for a checkpoint. The curvature and the stage have their own."""
         return {
             "flights": [
-                [number, evaluation.state() | ({"output": self._old[number]} if number in self._old else {})]
+                [number, {**evaluation.state(), "output": self._old.get(number, evaluation.output.detach())}]
                 for number, evaluation in self.flights.items()
             ],
             "sent": [[number, *sent] for number, sent in self._sent.items()],

@@ -69,17 +69,20 @@ def test_lock_step_takes_what_its_slowest_block_takes():
     assert found.busy == pytest.approx([1.0, 1.0], rel=1e-4)
 
 
-@pytest.mark.parametrize(("latency", "expected"), [(1500, 12), (5000, 15.5)])
+@pytest.mark.parametrize(("latency", "expected"), [(1500, 12), (5000, (6 * 17 + 5 * 14) / 11)])
 def test_lock_step_evaluates_again_while_a_message_is_on_its_way(latency, expected):
-    """Both blocks take 12 s, of which the lower one has 3 s to do before it needs feedback: that is 1.5 s each way."""
+    """Both blocks take 12 s, of which the lower one has 3 s to do before it needs feedback: that is 1.5 s each way.
+
+    With 5 s each way every second tick waits for them, 17 s, and the next one for 3 s less: of eleven, six.
+    """
     link = Link(1e9, latency=latency)
-    assert seconds([layer()] * 7, alike(2, link), "blockprop lock-step") == pytest.approx(expected, rel=0.01)
+    assert seconds([layer()] * 7, alike(2, link), "blockprop lock-step") == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_message_of_lock_step_is_part_of_the_tick_where_nothing_is_evaluated_again():
     """Both blocks take 12 s, and wait for a message of 5 s."""
     link = Link(1e9, latency=5000)
-    assert seconds([layer()] * 8, alike(2, link), "blockprop stashed") == pytest.approx(17, rel=0.01)
+    assert seconds([layer()] * 8, alike(2, link), "blockprop stashed") == pytest.approx(17, rel=1e-4)
 
 
 def test_free_running_hides_latency_that_lock_step_waits_for():
