@@ -28,9 +28,9 @@ last validation loss, a median of three evaluations, is below {limit:.2f}, three
 
 
 ABOUT_CACHED = """
-{epochs} epochs of the same examples, step size {lr:g}. The feedback of an example is computed on its first visit and on
-every E-th after it; between them each block learns from the last one at a fresh input. For one batch in 20 it is
-computed besides, which measures the curvature.
+{epochs} epochs of the same examples, step size {lr:g} with cosine decay to nothing. The feedback of an example is
+computed on its first visit and on every E-th after it; between them each block learns from the last one at a fresh
+input. For one batch in 20 it is computed besides, which measures the curvature. Differences are of the same seed.
 """
 
 ABOUT_LONGER = """
@@ -154,7 +154,7 @@ def tell_cached(study: Study, outcomes: Sequence[Outcome]) -> str:
                 [
                     one.row.label,
                     spread(one.values("test_accuracy"), percent),
-                    f"{100 * statistics.fmean(gains):+.2f}" if gains else "",
+                    _points(gains),
                     spread(one.values("test_loss"), lambda value: f"{value:.4f}"),
                     _seeds(one),
                 ]
@@ -180,13 +180,21 @@ def tell_longer(study: Study, outcomes: Sequence[Outcome]) -> str:
                     f"{one.lr:g}",
                     spread(ends, lambda value: f"{value:.4f}"),
                     spread(one.values("test_accuracy"), percent),
-                    f"{-100 * statistics.fmean(gains):+.2f}" if gains else "",
+                    _points([-gain for gain in gains]),
                     _seeds(one),
                 ]
             )
         header = ["", "step size", "last validation loss", "test accuracy %", "behind, points", "seeds"]
         parts += [f"## {panel}", markdown_table(header, rows)]
     return "\n\n".join(parts)
+
+
+def _points(differences: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds of a difference in accuracy, in points."""
+    if not differences:
+        return ""
+    mean = f"{100 * statistics.fmean(differences):+.2f}"
+    return mean if len(differences) == 1 else f"{mean} ± {100 * statistics.stdev(differences):.2f}"
 
 
 def draw(study: Study, outcomes: Sequence[Outcome]) -> Any:

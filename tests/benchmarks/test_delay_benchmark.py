@@ -103,6 +103,9 @@ def test_cached_targets_beside_backprop_seed_by_seed(tmp_path):
     told = tables.tell_cached(study, both).splitlines()
     assert told[4] == "| backprop | 97.50 ± 0.71 |  | 0.1000 ± 0.0000 | 2 |"
     assert told[5] == "| cached, E = 2 | 96.80 | -0.20 | 0.1000 | 1 |"
+    both[1] = found(study.rows[1], {0: 0.975, 1: 0.968})
+    told = tables.tell_cached(study, both).splitlines()
+    assert told[5] == "| cached, E = 2 | 97.15 ± 0.49 | -0.35 ± 0.21 | 0.1000 ± 0.0000 | 2 |"
 
 
 def test_many_steps_beside_backprop_at_its_step_size_with_a_warm_up(tmp_path):
