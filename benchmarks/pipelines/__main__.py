@@ -61,7 +61,7 @@ class Results:
 def measure(workload: Workload, speeds: Sequence[Speed], results: Results, given: argparse.Namespace) -> None:
     """All that is missing of a workload."""
     known = results.known
-    extent = Extent(given.rounds or (2 if given.quick else 3), 0.7 if given.quick else 2.0, given.seeds)
+    extent = Extent(given.rounds or (2 if given.quick else 3), 0.7 if given.quick else 4.0, given.seeds)
     with Bench(workload, extent, say) as bench:
         known["facts"][workload.name] = {**bench.facts, "cut": workload.cut, "batch": workload.batch}
         check(bench, results, given)
