@@ -18,6 +18,7 @@ from benchmarks.pipelines.workloads import Workload, workloads
 from blockprop.experiments.cost import random_data
 from blockprop.experiments.optimizers import optimizer_named
 from blockprop.models import build
+from blockprop.planning.allocator import keep_freed_memory
 from blockprop.planning.cluster import LINKS, Link
 from blockprop.planning.comparison import Case, Comparison, compare
 from blockprop.planning.contention import measure_contention
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the comparison as JSON as well")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     rows = json.loads(given.rows.read_text())
     rows = rows if isinstance(rows, list) else rows["rows"]
     names = {row["workload"] for row in rows}

@@ -130,6 +130,14 @@ def test_ddp_moves_twice_the_weights_and_overlaps_none_of_the_last_bucket():
     assert seconds(layers, alike(2), "ddp") == pytest.approx(3, rel=1e-3)
 
 
+def test_ddp_sends_and_receives_with_the_processor():
+    """1 MB of gradients out and in at 250 ms a MB; of four devices each sends and receives half as much again."""
+    layers = [layer(weight_bytes=1_000_000.0)]
+    link = Link(1e9, copying=250.0)
+    assert seconds(layers, alike(2, link), "ddp") == pytest.approx(1.5 + 0.5, rel=1e-3)
+    assert seconds([layer(weight_bytes=1_000_000.0)], alike(4, link), "ddp") == pytest.approx(0.75 + 0.75, rel=1e-3)
+
+
 @pytest.mark.parametrize("segments", [2, 3, 8])
 @pytest.mark.parametrize("latency", [0, 20, 900])
 def test_two_devices_pass_on_segments_as_gloo_does(segments, latency):

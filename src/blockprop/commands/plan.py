@@ -15,6 +15,7 @@ from blockprop.experiments.cost import table as cost_table
 from blockprop.experiments.plan import contention_of, costs_of
 from blockprop.experiments.plan import record as plan_record
 from blockprop.experiments.plan import table as plan_table
+from blockprop.planning.allocator import keep_freed_memory
 from blockprop.planning.cluster import Cluster, Link
 from blockprop.planning.plan import Setting, plan
 from blockprop.studies.drawing import require_matplotlib
@@ -95,6 +96,7 @@ def plan_command(
     cluster = Cluster(all_speeds, link, 1.0 if contention == "measured" else contention)
     setting = Setting(batch_size, microbatches, parts, refresh, in_flight)
     sizes: dict[str, Any] = {"width": width, "depth": depth, "context": context, "batch_size": batch_size}
+    keep_freed_memory()
     layers = costs_of(model, **sizes, repeats=repeats)
     if contention == "measured":
         cluster = replace(cluster, contention=contention_of(model, **sizes))

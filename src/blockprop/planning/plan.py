@@ -132,13 +132,16 @@ def _one_device(layers: Sequence[Layer], cluster: Cluster, setting: Setting, nam
 def _data_parallel(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, _: Cut) -> Prediction:
     """Each of R devices takes its share of the batch; gradients are summed up in buckets while the backward goes on.
 
-    Each byte is also copied into the bucket and back and added up, which takes the processor as long as an update each.
+    Each byte is also copied into the bucket and back and added up, which takes the processor as long as an update each;
+    and what is sent and received is copied.
     """
     ranks = min(len(cluster), setting.batch_size)
     speeds = sorted(cluster.speeds, reverse=True)[:ranks]
     shares = [setting.batch_size // ranks + (r < setting.batch_size % ranks) for r in range(ranks)]
     slower = cluster.contention if ranks > 1 else 1.0
     moved = 2.0 + (ranks - 1) / ranks if ranks > 1 else 0.0
+    sent = 2 * (ranks - 1) / ranks * sum(layer.weight_bytes for layer in layers)
+    talk = 2 * cluster.link.copying * sent / 1e9  # as much is received; copying is in ms a MB
 
     def clock(speed: float, share: int) -> tuple[list[float], float]:
         """When the gradients of each layer are there, top first; and the seconds after the last all-reduce."""
@@ -149,7 +152,7 @@ def _data_parallel(layers: Sequence[Layer], cluster: Cluster, setting: Setting, 
         for index, each in reversed(list(enumerate(passes))):
             now += pace * (each.backward if index else each.weight_gradient)
             ready.append(now)
-        return ready, pace * (1 + moved) * sum(layer.update for layer in layers)
+        return ready, pace * (1 + moved) * sum(layer.update for layer in layers) + talk
 
     kinds = list(zip(speeds, shares, strict=True))
     clocks = {kind: clock(*kind) for kind in set(kinds)}
