@@ -104,7 +104,8 @@ def measure_layers(
 
     Seconds are the processor's, for the layers one after the other as in training: of `repeats` rounds through all
     sizes the lower quartile, since what other programs do to a measurement only adds to it. They are of use on the
-    CPU, with one thread (set it beforehand).
+    CPU, with one thread (set it beforehand), in a process that keeps what it frees
+    ([`keep_freed_memory`][blockprop.planning.allocator.keep_freed_memory]; `blockprop plan` calls it).
 
     Args:
         layers: (name, module) pairs, evaluated one after the other, as [`layers_of`][blockprop.split.layers_of]
