@@ -79,8 +79,8 @@ def measure(workload: Workload, speeds: Sequence[Speed], results: Results, given
             try:
                 with Link(speed) as link:
                     on_link(bench, link, group, results, given)
-                if told := link.told.split("\n"):
-                    group["link"] = _link_said(told) if speed.mbit and len(told) > 2 else group.get("link")
+                if link.carried and link.carried.megabytes > 1:  # less where nothing was missing
+                    group["link"] = link.carried._asdict()
             except LinkError as error:
                 say(f"{workload.name}, {speed.title}: {error}")
                 group["skipped"] = str(error)
@@ -172,13 +172,6 @@ def judged(
     if one.learning == "backprop":
         return report.with_quality(made, [1.0], "≈" if bench.workload.batch_norm and one.ranks > 1 else "=")
     return made
-
-
-def _link_said(lines: Sequence[str]) -> str:
-    ways = [line.split() for line in lines[:2]]
-    carried = sum(int(way[1]) for way in ways) / 1e6
-    dropped = sum(int(way[2]) for way in ways)
-    return f"carried {carried:.0f} MB, dropped {dropped} packets, took {float(lines[2]):.0f} s of a core"
 
 
 def finish(results: Results, given: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from benchmarks.pipelines.processes import LOOPBACK, Place
 
@@ -65,6 +66,29 @@ def missing() -> str | None:
     return None if Path("/dev/net/tun").exists() else "needs /dev/net/tun"
 
 
+class Carried(NamedTuple):
+    """What the link's program has done.
+
+    Attributes:
+        megabytes: carried, both ways together.
+        dropped: packets.
+        seconds: of a core, for the program itself.
+    """
+
+    megabytes: float
+    dropped: int
+    seconds: float
+
+    @classmethod
+    def told(cls, text: str) -> "Carried | None":
+        """From what the program writes at its end: a line each way (packets, bytes, drops), and its seconds."""
+        lines = [line.split() for line in text.splitlines()]
+        if [len(line) for line in lines] != [3, 3, 1]:
+            return None
+        ways = lines[:2]
+        return cls(sum(int(way[1]) for way in ways) / 1e6, sum(int(way[2]) for way in ways), float(lines[2][0]))
+
+
 class Link:
     """A link as a context: `places` are its two ends. Nothing of it is left afterwards.
 
@@ -73,7 +97,7 @@ class Link:
 
     Attributes:
         places: where the two processes go.
-        told: at the end, what the program counted: packets, bytes and drops each way, and its processor time.
+        carried: at the end, what its program has done; None on loopback.
 
     Raises:
         LinkError: on entering, where it cannot be made.
@@ -82,7 +106,7 @@ class Link:
     def __init__(self, speed: Speed) -> None:
         self.speed = speed
         self.places: tuple[Place, Place] = LOOPBACK
-        self.told = ""
+        self.carried: Carried | None = None
         self._names = tuple(f"blockprop-{os.getpid()}-{side}" for side in "ab")
         self._program: subprocess.Popen[str] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -137,7 +161,7 @@ class Link:
         if self._program is not None:
             self._program.terminate()
             try:
-                _, self.told = self._program.communicate(timeout=5)
+                self.carried = Carried.told(self._program.communicate(timeout=5)[1])
             except subprocess.TimeoutExpired:
                 self._program.kill()
                 self._program.communicate()

@@ -160,8 +160,11 @@ def page(results: Mapping[str, Any], titles: Mapping[str, str], command: str) ->
                 )
             if group.get("measured"):
                 parts.append(f"Measured with {group['measured']}")
-            if group.get("link"):
-                parts.append(f"The link's program: {group['link']}.")
+            if carried := group.get("link"):
+                parts.append(
+                    f"The link's program carried {carried['megabytes']:.0f} MB, dropped {carried['dropped']} packets, "
+                    f"and took {carried['seconds']:.0f} s of a core."
+                )
             parts.append(table(HEAD, [cells(made) for made in group["rows"].values()]))
     parts += [*_gradients(results, titles), *_traffic(results, titles)]
     return "\n\n".join(parts) + "\n"

@@ -136,6 +136,12 @@ def test_a_link_without_a_compiler_says_so(monkeypatch):
 def test_loopback_needs_nothing():
     with link.Link(link.SPEEDS[0]) as made:
         assert made.places == LOOPBACK
+    assert made.carried is None
+
+
+def test_what_the_links_program_tells_is_read_and_what_it_could_not_tell_is_not():
+    assert link.Carried.told("9 2500000 1\n7 500000 0\n0.25\n") == (3.0, 1, 0.25)
+    assert link.Carried.told("wan0: Operation not permitted\n") is None
 
 
 # the report
