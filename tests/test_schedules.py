@@ -58,9 +58,9 @@ def test_pipelined_in_two_microbatches_updates_every_second_time():
     assert [words(tick) for tick in first(pipelined(2, microbatches=2), 5)] == [
         "f1.0",
         "f1.1 f2.0 b2.0",
-        "b1.0 f1.2 f2.1 b2.1 u2.1",
+        "f1.2 b1.0 f2.1 b2.1 u2.1",
         "b1.1 u1.1 f1.3 f2.2 b2.2",
-        "b1.2 f1.4 f2.3 b2.3 u2.3",
+        "f1.4 b1.2 f2.3 b2.3 u2.3",
     ]
 
 
@@ -99,6 +99,8 @@ def test_every_pipelined_schedule_is_consistent(blocks, microbatches, longest, l
         for k in range(1, blocks + 1):
             assert sum(a.block == k and a.kind == "forward" for a in tick) <= 1
             assert sum(a.block == k and a.kind == "backward" for a in tick) <= 1
+            own = "".join(a.kind[0] for a in tick if a.block == k)
+            assert "bf" not in own  # a forward comes after a late backward where an update is between
     for (k, kind, batch), now in when.items():
         if kind == "forward" and k > 1:
             assert when[Action(k - 1, "forward", batch)] < now

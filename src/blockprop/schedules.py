@@ -188,14 +188,23 @@ def _none(number: int) -> bool:  # noqa: ARG001
     return False
 
 
+def _forward(actions: list[Action], k: int, batch: int, quiet: Callable[[int], bool]) -> None:
+    """Add a block's forward: before the late gradient of this tick, unless the weights move between."""
+    own = [(place, action) for place, action in enumerate(actions) if action.block == k]
+    late = [place for place, (_, kind, other) in own if kind == "backward" and not quiet(other)]
+    moved = any(kind == "update" and place > late[0] for place, (_, kind, _) in own if late)
+    actions.insert(late[0] if late and not moved else len(actions), Action(k, "forward", batch))
+
+
 def pipelined(
     blocks: int, *, microbatches: int = 1, latency: Latency = Latency(), quiet: Callable[[int], bool] = _none
 ) -> Iterator[Tick]:
     """All blocks busy in every tick: each forwards one microbatch, and updates on the feedback of an older one.
 
-    In a tick a block first takes its feedback, then updates, then forwards with the new weights; of several
-    messages that wait it takes the oldest batch. The first block holds back while as many microbatches are on their
-    way as there are ticks until feedback, on average: what is more would wait somewhere, and only grow old.
+    In a tick a block first takes its feedback, then updates, then forwards with the new weights. Where no update is
+    due it forwards first: the weights are the same, and both messages have longer to travel before they are needed.
+    Of several messages that wait it takes the oldest batch. The first block holds back while as many microbatches are
+    on their way as there are ticks until feedback, on average: what is more would wait somewhere, and only grow old.
 
     Without latency the feedback of block k is 2(K - k) ticks old, and the block has updated 2(K - k) - 1 times since
     the forward; with M microbatches about an M-th of that. A block updates on what is there of M microbatches: one
@@ -271,7 +280,7 @@ def pipelined(
                 fed += 1
             behind[k] = batch = outputs[k].oldest(now)
             if batch is not None:
-                actions.append(Action(k, "forward", batch))
+                _forward(actions, k, batch, quiet)
                 if k < blocks:
                     outputs[k + 1].put([batch], arrival(now))
                 else:

@@ -245,8 +245,9 @@ def zero_bubble(chunks: Sequence[Block], devices: int, microbatches: int) -> lis
 def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> list[Program]:
     """BlockProp's pipeline tick by tick, as [`pipelined`][blockprop.schedules.pipelined] says, when it has filled up.
 
-    Block k evaluates the microbatch again whose feedback is due, learns from it, and forwards a new one; the top does
-    the two passes of one microbatch. Feedback and inputs are of the tick before, and waited for where they are needed.
+    Block k evaluates the microbatch again whose feedback is due, learns from it, and forwards a new one, this first if
+    no update is due; the top does the two passes of one microbatch. Feedback and inputs are of the tick before, and
+    waited for where they are needed.
     What blocks do once a batch, such as an update, they do in different ticks, and each such tick keeps the neighbours
     waiting.
 
@@ -272,11 +273,15 @@ def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> lis
                 yield Step((), Task(update, (), done))
                 continue
             moved = number < late - 1  # so many before it were learnt from since its forward, a batch's last among them
+            stashed = block.copied * done * (not again)
+            forward = Step(from_below, Task(stashed + block.forward, (Message(k + 1, ("up", tick), block.sent),)))
+            if not done:
+                yield forward
             yield Step((), Task(again * moved * block.forward))  # while the feedback is on its way
             yield Step(from_above, Task(block.backward, down))
             yield Step((), Task(update, (), done))
-            stashed = block.copied * done * (not again)
-            yield Step(from_below, Task(stashed + block.forward, (Message(k + 1, ("up", tick), block.sent),)))
+            if done:
+                yield forward
 
     return [Ordered(steps(k)) for k in range(len(blocks))]
 
