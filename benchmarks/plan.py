@@ -25,15 +25,18 @@ from blockprop.planning.contention import measure_contention
 from blockprop.planning.costs import Layer, measure_layers
 from blockprop.split import layers_of
 
+GOODPUT = {"fast": (0.994, 0.993), "slow": (0.956, 0.733)}
+"""Share of an emulated link's bandwidth that TCP brings, one way and both ways at once: `benchmarks.goodput`."""
+
 
 def links() -> dict[str, Link]:
     """The links of the measurements, by name and by title."""
     found: dict[str, Link] = {}
     for speed in SPEEDS:
-        # headers and acknowledgements take a twentieth, as the benchmark's column "by the wire" says
         link = LINKS["loopback"]
         if speed.mbit:
-            link = replace(link, bandwidth=speed.mbit / 1.05, latency=speed.delay_ms)
+            one, both = GOODPUT[speed.name]
+            link = replace(link, bandwidth=one * speed.mbit, latency=speed.delay_ms, duplex=both / one)
         found |= {speed.name: link, speed.title: link}
     return found
 

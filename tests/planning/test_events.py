@@ -1,5 +1,7 @@
 """The simulation, on cases that are counted by hand."""
 
+import itertools
+
 import pytest
 
 from blockprop.planning.cluster import Cluster, Link
@@ -30,6 +32,21 @@ def test_overhead_keeps_the_link_and_latency_does_not():
     link = Link(8, latency=10, overhead=5)
     assert link.occupied(1_000_000) == pytest.approx(1.005)
     assert link.seconds(1_000_000) == pytest.approx(1.015)
+
+
+def test_a_message_that_meets_another_one_has_the_share_that_is_left():
+    """1 MB, 1 s alone. One goes up at 4 s; at 4.5 s one goes down, and takes 2 s. Those that follow meet none."""
+    link = Link(8, duplex=0.5)
+    assert link.occupied(1_000_000, both=True) == 2 * link.occupied(1_000_000) == pytest.approx(2)
+
+    def lower():
+        for n in itertools.count():
+            yield Step((), Task(4.0, (Message(1, ("up", n), 1e6),)))
+            yield Step((("down", n),), Task(0.0, (), True))
+
+    upper = repeated((), lambda n: Task(4.5 if n == 0 else 4.0, (Message(0, ("down", n), 1e6),), True))
+    run = simulate([Ordered(lower()), Ordered(upper)], Cluster((1.0, 1.0), link), 4)
+    assert run.ends[0] == pytest.approx([6.5, 10.5, 14.5, 18.5])
 
 
 def test_a_message_takes_the_device_at_either_end_as_well():
@@ -73,6 +90,8 @@ def test_a_rate_needs_batches():
         (lambda: Link(1, overhead=float("inf")), "overhead is inf; expected ms"),
         (lambda: Link(1, handling=-1), "handling is -1; expected ms"),
         (lambda: Link(1, copying=-1), "copying is -1; expected ms"),
+        (lambda: Link(1, duplex=0), "duplex is 0; expected a share of the bandwidth, above 0 and at most 1"),
+        (lambda: Link(1, duplex=1.5), "duplex is 1.5; expected a share"),
         (lambda: Cluster((), FAST), "there is no device"),
         (lambda: Cluster((1.0, 0.0), FAST), "speed is 0.0; expected a finite number above 0"),
         (lambda: Cluster((1.0,), FAST, 0.5), "contention is 0.5; expected a finite number of at least 1"),

@@ -138,6 +138,12 @@ def test_ddp_sends_and_receives_with_the_processor():
     assert seconds(layers, alike(4, link), "ddp") == pytest.approx(0.75 + 0.75, rel=1e-3)
 
 
+def test_an_all_reduce_goes_both_ways_at_once():
+    near, shared = Link(8), Link(8, duplex=0.5)
+    for ranks in (2, 4):
+        assert all_reduce(4e6, ranks, shared) == pytest.approx(2 * all_reduce(4e6, ranks, near))
+
+
 @pytest.mark.parametrize("segments", [2, 3, 8])
 @pytest.mark.parametrize("latency", [0, 20, 900])
 def test_two_devices_pass_on_segments_as_gloo_does(segments, latency):

@@ -30,6 +30,7 @@ def test_json_has_all_numbers(capsys):
         "overhead": 0.3,
         "handling": 0.45,
         "copying": 0.28,
+        "duplex": 1.0,
     }
     assert found["setting"]["batch_size"] == 8
     assert len(found["methods"]) == 9

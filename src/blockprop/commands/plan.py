@@ -68,6 +68,7 @@ def plan_command(
     overhead: Annotated[float, Parameter(help="Of the software, a message, in ms; as measured.")] = 0.3,
     handling: Annotated[float, Parameter(help="Of the device at either end, a message, in ms; as measured.")] = 0.45,
     copying: Annotated[float, Parameter(help="The same for each MB of a message, in ms; as measured.")] = 0.28,
+    duplex: Annotated[float, Parameter(help="Share of the bandwidth each way has while the other is busy.")] = 1.0,
     contention: Annotated[
         float | Literal["measured"],
         Parameter(help="How many times longer a device takes beside another one; measured: for two on this machine."),
@@ -92,7 +93,7 @@ def plan_command(
         require_matplotlib()
         _check_picture(plot)
     all_speeds = speeds * blocks if len(speeds) == 1 else speeds
-    link = Link(bandwidth, latency, overhead, handling, copying)
+    link = Link(bandwidth, latency, overhead, handling, copying, duplex)
     cluster = Cluster(all_speeds, link, 1.0 if contention == "measured" else contention)
     setting = Setting(batch_size, microbatches, parts, refresh, in_flight)
     sizes: dict[str, Any] = {"width": width, "depth": depth, "context": context, "batch_size": batch_size}

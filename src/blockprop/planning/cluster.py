@@ -8,7 +8,7 @@ __all__ = ["LINKS", "Cluster", "Link"]
 
 @dataclass(frozen=True)
 class Link:
-    """A link from one device to another; each direction has the whole bandwidth.
+    """A link from one device to another.
 
     Args:
         bandwidth: Mbit/s, above 0.
@@ -16,6 +16,8 @@ class Link:
         overhead: ms that the software takes for a message on top, during which the link carries no other; default 0.
         handling: ms for which a message keeps the device at either end from its own work; default 0.
         copying: ms of it for each MB of the message, on top; default 0.
+        duplex: share of the bandwidth that each direction has while the other is busy, above 0 and at most 1; default
+            1. Over TCP it is less on long links, where acknowledgements wait behind the data of the other direction.
 
     Raises:
         ValueError: a value out of its range.
@@ -29,6 +31,7 @@ class Link:
     overhead: float = 0.0
     handling: float = 0.0
     copying: float = 0.0
+    duplex: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.bandwidth < math.inf:
@@ -36,10 +39,17 @@ class Link:
         for name in ("latency", "overhead", "handling", "copying"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected ms, a finite number of at least 0")
+        if not 0 < self.duplex <= 1:
+            raise ValueError(f"duplex is {self.duplex}; expected a share of the bandwidth, above 0 and at most 1")
 
-    def occupied(self, size: float) -> float:
-        """Seconds for which a message of so many bytes keeps the link from carrying another."""
-        return self.overhead / 1e3 + 8 * size / (self.bandwidth * 1e6)
+    def occupied(self, size: float, *, both: bool = False) -> float:
+        """Seconds for which a message of so many bytes keeps the link from carrying another.
+
+        Args:
+            size: bytes.
+            both: whether the other direction is busy meanwhile.
+        """
+        return self.overhead / 1e3 + 8 * size / ((self.duplex if both else 1.0) * self.bandwidth * 1e6)
 
     def handled(self, size: float) -> float:
         """Seconds for which a message of so many bytes keeps the device at either end from its own work."""
@@ -50,9 +60,10 @@ class Link:
         return self.occupied(size) + self.latency / 1e3
 
 
-LINKS = {"loopback": Link(45_000, 0.0, 0.3, 0.45, 0.28), "wan": Link(100, 20, 0.3, 0.45, 0.28)}
+LINKS = {"loopback": Link(45_000, 0.0, 0.3, 0.45, 0.28), "wan": Link(95.6, 20, 0.3, 0.45, 0.28, 0.77)}
 """Links that were measured: messages between two processes of one machine (`python -m benchmarks.messages`), of whose
-time until they are there the processors' at both ends is a part; and a slow link of 100 Mbit/s and 20 ms."""
+time until they are there the processors' at both ends is a part; and a slow link of 100 Mbit/s and 20 ms, of which
+TCP makes this bandwidth (`python -m benchmarks.goodput`)."""
 
 
 @dataclass(frozen=True)

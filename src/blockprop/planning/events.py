@@ -2,9 +2,10 @@
 
 A device does one task at a time. What it does next its *program* says, from the messages that have come so far. At
 the end of a task its messages go out, each over the link from this device to that one: one after the other at the
-link's bandwidth, and there after its latency. A message to oneself is there at once. One that is *asked* for goes out
-only when the receiver has said that it is ready for it: where its program says so, at the latest when it has nothing
-else to do. The question takes the way of the receiver's own messages, behind those that are on the link already.
+link's bandwidth, or what is left of it while messages go the other way, and there after its latency. A message to
+oneself is there at once. One that is *asked* for goes out only when the receiver has said that it is ready for it:
+where its program says so, at the latest when it has nothing else to do. The question takes the way of the receiver's
+own messages, behind those that are on the link already.
 """
 
 import heapq
@@ -186,7 +187,10 @@ class _Links:
         through = ready
         if message.size:
             queue = self._waiting(sender, message.receiver, now)
-            through = max(ready, queue[-1][1] if queue else 0.0) + self._link.occupied(message.size)
+            start = max(ready, queue[-1][1] if queue else 0.0)
+            back = self._queues[message.receiver].get(sender, ())
+            both = any(joined <= start < gone for joined, gone in back)
+            through = start + self._link.occupied(message.size, both=both)
             queue.append((ready, through))
         return [(through + self._latency, message.receiver, message.tag, self.handling(message))]
 

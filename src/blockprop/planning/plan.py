@@ -187,13 +187,13 @@ def all_reduce(size: float, ranks: int, link: Link) -> float:
     1.0
     """
     parts = max(2, math.ceil(size / ranks / SEGMENT))
-    segment = link.occupied(size / ranks / parts) - link.overhead / 1e3
+    segment = link.occupied(size / ranks / parts, both=True) - link.overhead / 1e3
     latency = link.latency / 1e3
     each = segment + latency if ranks == 2 else max(segment, segment / 2 + latency)
     ring = 2 * (link.seconds(0.0) + latency + 2 * segment + (parts * (ranks - 1) - 2) * each)
     if ranks == 2:
         return ring
-    wire = link.occupied(2 * (ranks - 1) / ranks * size) - link.overhead / 1e3
+    wire = link.occupied(2 * (ranks - 1) / ranks * size, both=True) - link.overhead / 1e3
     return min(ring, wire + 2 * math.ceil(math.log2(ranks)) * link.seconds(0.0))
 
 
