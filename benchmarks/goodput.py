@@ -39,24 +39,26 @@ def flow(rank: int, settings: dict[str, Any]) -> float:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
-    start = time.monotonic()
-    counts = {"before": 0, "after": 0}
+    begin = time.monotonic() + WARM
+    end = begin + settings["seconds"]
+    received = 0
 
     def receive() -> None:
+        nonlocal received
         room = bytearray(CHUNK)
-        with contextlib.suppress(OSError):
-            while count := connection.recv_into(room):
-                counts["before" if time.monotonic() - start < WARM else "after"] += count
+        while (count := connection.recv_into(room)) and (now := time.monotonic()) < end:
+            received += count * (now >= begin)
 
     threading.Thread(target=receive, daemon=True).start()
-    end = start + WARM + settings["seconds"]
     if rank == 1 or settings["both"]:
-        connection.settimeout(settings["seconds"])
-        with contextlib.suppress(OSError):
+        while time.monotonic() < end - 1:
+            connection.sendall(bytes(CHUNK))
+        connection.settimeout(1.0)  # the last one need not get through
+        with contextlib.suppress(TimeoutError):
             while time.monotonic() < end:
                 connection.sendall(bytes(CHUNK))
     time.sleep(max(0.0, end - time.monotonic()))
-    return 8e-6 * counts["after"] / settings["seconds"]
+    return 8e-6 * received / settings["seconds"]
 
 
 def main() -> None:

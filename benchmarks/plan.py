@@ -19,24 +19,26 @@ from blockprop.experiments.cost import random_data
 from blockprop.experiments.optimizers import optimizer_named
 from blockprop.models import build
 from blockprop.planning.allocator import keep_freed_memory
-from blockprop.planning.cluster import LINKS, Link
+from blockprop.planning.cluster import LOOPBACK, Link
 from blockprop.planning.comparison import Case, Comparison, compare
 from blockprop.planning.contention import measure_contention
 from blockprop.planning.costs import Layer, measure_layers
 from blockprop.split import layers_of
 
-GOODPUT = {"fast": (0.994, 0.993), "slow": (0.956, 0.733)}
-"""Share of an emulated link's bandwidth that TCP brings, one way and both ways at once: `benchmarks.goodput`."""
+GOODPUT = Path(__file__).parents[1] / "docs" / "results" / "goodput.json"
+"""Share of an emulated link's bandwidth that TCP brings, one way and both ways at once: of `benchmarks.goodput`."""
 
 
 def links() -> dict[str, Link]:
     """The links of the measurements, by name and by title."""
+    measured = json.loads(GOODPUT.read_text())["results"]
     found: dict[str, Link] = {}
     for speed in SPEEDS:
-        link = LINKS["loopback"]
+        link = LOOPBACK
         if speed.mbit:
-            one, both = GOODPUT[speed.name]
-            link = replace(link, bandwidth=one * speed.mbit, latency=speed.delay_ms, duplex=both / one)
+            one, both = (measured[speed.name][ways]["median"] for ways in ("one", "both"))
+            duplex = min(1.0, both / one)
+            link = replace(link, bandwidth=one * speed.mbit, latency=speed.delay_ms, duplex=duplex)
         found |= {speed.name: link, speed.title: link}
     return found
 

@@ -18,6 +18,7 @@ from blockprop.correction import Correction
 from blockprop.curvature import Constant, PerExample, Secant
 from blockprop.executors import PipelinedExecutor
 from blockprop.executors.mail import LocalMail
+from blockprop.held import Held
 from blockprop.latestage import LateStage
 from blockprop.objective import TargetTerm
 from blockprop.proximal import proximal_sgd
@@ -58,11 +59,15 @@ def forwards_last(blocks):
         yield tuple(itertools.chain.from_iterable(own))
 
 
-@pytest.mark.parametrize("more", [{}, {"reuse": True}, {"curvature": Constant(0.3)}, {"prediction": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"reuse": True}, {"curvature": Constant(0.3)}, {"curvature": Constant(0.3), "prediction": 1.0}],
+    ids=str,
+)
 def test_the_numbers_do_not_depend_on_whether_a_block_forwards_first_where_no_update_is_due(more):
     assert list(itertools.islice(forwards_last(3), 9)) != list(itertools.islice(pipelined(3, microbatches=3), 9))
-    # without dropout: whose masks and the curvature's examples would be drawn in another order
-    model = mlp(depth=4, norm=lambda: nn.BatchNorm1d(12))
+    # whoever measures κ draws dropout masks of his own, then and in another order
+    model = network() if more else mlp(depth=4, norm=lambda: nn.BatchNorm1d(12))
     given = partial(pipelined, microbatches=3)
     (first, _, weights), (last, _, others) = (
         trained(PipelinedExecutor(schedule, microbatches=3, **more), model=copy.deepcopy(model))
@@ -939,6 +944,15 @@ def test_what_came_last_is_learnt_from_as_well(K, more):
 def test_bad_curvatures(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_most_that_is_held_has_the_microbatch_that_was_forwarded_before_the_oldest_was_learnt_from():
+    executor = PipelinedExecutor(microbatches=4, curvature=Constant(0.3))
+    algo = trainer(executor, K=2, model=mlp(depth=4))
+    for x, y in data(3):
+        algo.step(x, y)
+    lower, top = (2 * (inputs + outputs) * 8 for inputs, outputs in ((6, 12), (12, 5)))  # of two examples each
+    assert executor.held() == Held(3 * lower + top)
 
 
 def test_microbatches_between_two_updates_share_one_copy_of_the_weights():

@@ -64,6 +64,18 @@ def test_pipelined_in_two_microbatches_updates_every_second_time():
     ]
 
 
+def test_a_block_learns_from_what_is_quiet_before_it_forwards_the_next():
+    schedule = pipelined(2, microbatches=2, quiet=lambda number: number in (2, 3))
+    assert [words(tick) for tick in first(schedule, 6)] == [
+        "f1.0",
+        "f1.1 f2.0 b2.0",
+        "f1.2 b1.0 f2.1 b2.1 u2.1",
+        "b1.2 u1.2 f1.3 b1.1 f2.2 b2.2",
+        "b1.3 u1.3 f1.4 f2.3 b2.3 u2.3",
+        "f1.5 f2.4 b2.4",
+    ]
+
+
 def test_one_block_is_plain_training():
     assert [words(tick) for tick in first(pipelined(1), 2)] == ["f1.0 b1.0 u1.0", "f1.1 b1.1 u1.1"]
 
@@ -100,7 +112,7 @@ def test_every_pipelined_schedule_is_consistent(blocks, microbatches, longest, l
             assert sum(a.block == k and a.kind == "forward" for a in tick) <= 1
             assert sum(a.block == k and a.kind == "backward" for a in tick) <= 1
             own = "".join(a.kind[0] for a in tick if a.block == k)
-            assert "bf" not in own  # a forward comes after a late backward where an update is between
+            assert "bf" not in own and (k == blocks or "fbu" not in own)  # last where an update is due, else first
     for (k, kind, batch), now in when.items():
         if kind == "forward" and k > 1:
             assert when[Action(k - 1, "forward", batch)] < now

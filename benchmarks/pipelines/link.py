@@ -97,7 +97,7 @@ class Link:
 
     Attributes:
         places: where the two processes go.
-        carried: at the end, what its program has done; None on loopback.
+        carried: at the end, what its program has done; None on loopback, or where it could not tell.
 
     Raises:
         LinkError: on entering, where it cannot be made.

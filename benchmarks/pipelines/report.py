@@ -162,8 +162,8 @@ def page(results: Mapping[str, Any], titles: Mapping[str, str], command: str) ->
                 parts.append(f"Measured with {group['measured']}")
             if carried := group.get("link"):
                 parts.append(
-                    f"The link's program carried {carried['megabytes']:.0f} MB, dropped {carried['dropped']} packets, "
-                    f"and took {carried['seconds']:.0f} s of a core."
+                    f"When last measured, the link's program carried {carried['megabytes']:.0f} MB, dropped "
+                    f"{carried['dropped']} packets, and took {carried['seconds']:.0f} s of a core."
                 )
             parts.append(table(HEAD, [cells(made) for made in group["rows"].values()]))
     parts += [*_gradients(results, titles), *_traffic(results, titles)]

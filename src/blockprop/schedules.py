@@ -189,10 +189,13 @@ def _none(number: int) -> bool:  # noqa: ARG001
 
 
 def _forward(actions: list[Action], k: int, batch: int, quiet: Callable[[int], bool]) -> None:
-    """Add a block's forward: before the late gradient of this tick, unless the weights move between."""
-    own = [(place, action) for place, action in enumerate(actions) if action.block == k]
-    late = [place for place, (_, kind, other) in own if kind == "backward" and not quiet(other)]
-    moved = any(kind == "update" and place > late[0] for place, (_, kind, _) in own if late)
+    """Add a block's forward: before the late gradient of this tick, unless the weights move between.
+
+    What is quiet stays first: it is learnt from right after the tick in which it was forwarded.
+    """
+    own = [(place, kind, other) for place, (block, kind, other) in enumerate(actions) if block == k]
+    late = [place for place, kind, other in own if kind == "backward" and not quiet(other)]
+    moved = any(kind == "update" and place > late[0] for place, kind, _ in own if late)
     actions.insert(late[0] if late and not moved else len(actions), Action(k, "forward", batch))
 
 
@@ -202,9 +205,10 @@ def pipelined(
     """All blocks busy in every tick: each forwards one microbatch, and updates on the feedback of an older one.
 
     In a tick a block first takes its feedback, then updates, then forwards with the new weights. Where no update is
-    due it forwards first: the weights are the same, and both messages have longer to travel before they are needed.
-    Of several messages that wait it takes the oldest batch. The first block holds back while as many microbatches are
-    on their way as there are ticks until feedback, on average: what is more would wait somewhere, and only grow old.
+    due it forwards first: the weights are the same, and what goes to the last block and comes from it has longer to
+    travel before it is needed. Of several messages that wait it takes the oldest batch. The first block holds back
+    while as many microbatches are on their way as there are ticks until feedback, on average: what is more would
+    wait somewhere, and only grow old.
 
     Without latency the feedback of block k is 2(K - k) ticks old, and the block has updated 2(K - k) - 1 times since
     the forward; with M microbatches about an M-th of that. A block updates on what is there of M microbatches: one

@@ -40,11 +40,13 @@ def made(**settings):
         {},
         {"curvature": Secant(2), "along": True, "across": Secant(2)},
         {"microbatches": 3, "curvature": Constant(0.3)},
+        {"microbatches": 3, "curvature": Secant(2)},
         {"latency": Latency(3, 0.2, 1)},
         {"reuse": True, "compensation": 0.1},
         {"prediction": 1.0},
         {"cache": lambda: GluingCache(EXAMPLES, dtype=torch.float64), "refresh": 2, "along": True},
         {"cache": lambda: GluingCache(EXAMPLES, dtype=torch.float64), "reuse": True, "curvature": Secant(2)},
+        {"cache": lambda: GluingCache(EXAMPLES, dtype=torch.float64), "along": True, "microbatches": 2, "refresh": 2},
         {"schedule": sequential},
     ],
 )

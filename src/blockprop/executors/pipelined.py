@@ -108,6 +108,7 @@ class PipelinedExecutor:
         self.remote = remote
         self._mail: Mail | None = None
         self._lates: list[LateStage] = []
+        self._most: dict[int, Held] = {}  # by block
         self._ticks: Iterator[Tick] | None = None
         self._next: Tick = ()
         self._without: list[bool] = []  # by batch: whether it has no feedback
@@ -192,8 +193,8 @@ class PipelinedExecutor:
         return batch < len(self._without) and self._without[batch]
 
     def held(self) -> Held:
-        """Bytes that the blocks here keep beside weights, gradients and optimizer state."""
-        return sum((late.held() for late in self._lates), Held())
+        """The most bytes so far that the blocks here kept beside weights, gradients and optimizer state."""
+        return sum(self._most.values(), Held())
 
     def drain(self, stages: Sequence[Stage]) -> StepReport:
         """Train on what is still on its way, and take nothing new in."""
@@ -315,6 +316,7 @@ class PipelinedExecutor:
             h = part.inputs if k == 1 else self._mail.take_output(k, number, part.ids)
             assert h is not None
             output = late.forward(number, h, self.tick, quiet=self._quiet(number))
+            self._most[k] = self._most.get(k, Held()).most(late.held())
             if not late.top:
                 self._mail.send_output(k + 1, number, output, part.ids)
         elif kind == "drop":

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-__all__ = ["LINKS", "Cluster", "Link"]
+__all__ = ["LOOPBACK", "Cluster", "Link"]
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Link:
         overhead: ms that the software takes for a message on top, during which the link carries no other; default 0.
         handling: ms for which a message keeps the device at either end from its own work; default 0.
         copying: ms of it for each MB of the message, on top; default 0.
-        duplex: share of the bandwidth that each direction has while the other is busy, above 0 and at most 1; default
-            1. Over TCP it is less on long links, where acknowledgements wait behind the data of the other direction.
+        duplex: share of the bandwidth for a message that sets out while the other direction is busy, above 0 and at
+            most 1; default 1. Less over TCP on long links: acknowledgements wait behind what goes the other way.
 
     Raises:
         ValueError: a value out of its range.
@@ -47,7 +47,7 @@ class Link:
 
         Args:
             size: bytes.
-            both: whether the other direction is busy meanwhile.
+            both: whether the other direction is busy when it sets out.
         """
         return self.overhead / 1e3 + 8 * size / ((self.duplex if both else 1.0) * self.bandwidth * 1e6)
 
@@ -60,10 +60,9 @@ class Link:
         return self.occupied(size) + self.latency / 1e3
 
 
-LINKS = {"loopback": Link(45_000, 0.0, 0.3, 0.45, 0.28), "wan": Link(95.6, 20, 0.3, 0.45, 0.28, 0.77)}
-"""Links that were measured: messages between two processes of one machine (`python -m benchmarks.messages`), of whose
-time until they are there the processors' at both ends is a part; and a slow link of 100 Mbit/s and 20 ms, of which
-TCP makes this bandwidth (`python -m benchmarks.goodput`)."""
+LOOPBACK = Link(45_000, 0.0, 0.3, 0.45, 0.28)
+"""Between two processes of one machine, as measured (`python -m benchmarks.messages`): of a message's time until it is
+there the processors' at both ends is a part."""
 
 
 @dataclass(frozen=True)

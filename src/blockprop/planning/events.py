@@ -2,10 +2,10 @@
 
 A device does one task at a time. What it does next its *program* says, from the messages that have come so far. At
 the end of a task its messages go out, each over the link from this device to that one: one after the other at the
-link's bandwidth, or what is left of it while messages go the other way, and there after its latency. A message to
-oneself is there at once. One that is *asked* for goes out only when the receiver has said that it is ready for it:
-where its program says so, at the latest when it has nothing else to do. The question takes the way of the receiver's
-own messages, behind those that are on the link already.
+link's bandwidth, or at what is left of it for one that sets out while messages go the other way, and there after its
+latency. A message to oneself is there at once. One that is *asked* for goes out only when the receiver has said that
+it is ready for it: where its program says so, at the latest when it has nothing else to do. The question takes the
+way of the receiver's own messages, behind those that are on the link already.
 """
 
 import heapq

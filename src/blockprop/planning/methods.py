@@ -246,8 +246,7 @@ def lock_step(blocks: Sequence[Block], parts: int, *, again: bool = True) -> lis
     """BlockProp's pipeline tick by tick, as [`pipelined`][blockprop.schedules.pipelined] says, when it has filled up.
 
     Block k evaluates the microbatch again whose feedback is due, learns from it, and forwards a new one, this first if
-    no update is due; the top does the two passes of one microbatch. Feedback and inputs are of the tick before, and
-    waited for where they are needed.
+    no update is due; the top does the two passes of one microbatch. Feedback and inputs are of the tick before.
     What blocks do once a batch, such as an update, they do in different ticks, and each such tick keeps the neighbours
     waiting.
 

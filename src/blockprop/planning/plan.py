@@ -174,9 +174,10 @@ def all_reduce(size: float, ranks: int, link: Link) -> float:
     """Seconds in which R devices sum up as many bytes; 2 (R - 1) / R of them go over every link.
 
     Two devices do it as gloo does, in a ring: each of R parts goes round twice, in two segments or more of at most
-    1 MiB. Two segments are on their way at a time; the next one is asked for when the first of them is there, and with
-    two devices the question waits behind the other's own segment, so that the link is idle for a latency. More
-    devices take that or 2 log2 R rounds of halving and doubling, whichever is faster.
+    1 MiB. Of two devices both send to the other at once. Two segments are on their way at a time; the next one is
+    asked for when the first of them is there, and with two devices the question waits behind the other's own
+    segment, so that the link is idle for a latency. More devices take that or 2 log2 R rounds of halving and
+    doubling, whichever is faster.
 
     Args:
         size: bytes, above 0.
@@ -187,7 +188,7 @@ def all_reduce(size: float, ranks: int, link: Link) -> float:
     1.0
     """
     parts = max(2, math.ceil(size / ranks / SEGMENT))
-    segment = link.occupied(size / ranks / parts, both=True) - link.overhead / 1e3
+    segment = link.occupied(size / ranks / parts, both=ranks == 2) - link.overhead / 1e3
     latency = link.latency / 1e3
     each = segment + latency if ranks == 2 else max(segment, segment / 2 + latency)
     ring = 2 * (link.seconds(0.0) + latency + 2 * segment + (parts * (ranks - 1) - 2) * each)
