@@ -46,15 +46,19 @@ def flow(rank: int, settings: dict[str, Any]) -> float:
     def receive() -> None:
         nonlocal received
         room = bytearray(CHUNK)
-        while (count := connection.recv_into(room)) and (now := time.monotonic()) < end:
-            received += count * (now >= begin)
+        try:
+            while (count := connection.recv_into(room)) and (now := time.monotonic()) < end:
+                received += count * (now >= begin)
+        except OSError:
+            if time.monotonic() < end - 1:  # else the other side has ended
+                raise
 
     threading.Thread(target=receive, daemon=True).start()
     if rank == 1 or settings["both"]:
         while time.monotonic() < end - 1:
             connection.sendall(bytes(CHUNK))
-        connection.settimeout(1.0)  # the last one need not get through
-        with contextlib.suppress(TimeoutError):
+        connection.settimeout(1.0)  # what is under way at the end need not get through
+        with contextlib.suppress(TimeoutError, ConnectionError):
             while time.monotonic() < end:
                 connection.sendall(bytes(CHUNK))
     time.sleep(max(0.0, end - time.monotonic()))
