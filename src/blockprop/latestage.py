@@ -69,6 +69,9 @@ class LateStage:
         updates: how many updates the block will make until feedback is back, as far as is known beforehand.
         parts: M, microbatches of a batch.
         cache: feedback by example, of the link above; None for none.
+
+    Attributes:
+        most: the most so far that was held at the end of a forward pass.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class LateStage:
         self._share = 0.0  # of a batch, that the gradients since the optimizer's last step are of
         self._lost = False  # whether some of it was lost
         self._latest: tuple[Evaluation, UpperTerm] | None = None  # what was learnt from last
+        self.most = Held()
 
     @property
     def link(self) -> int:
@@ -142,6 +146,7 @@ class LateStage:
         with microbatched(self.stage.block, self.parts):
             evaluation = self.stage.forward(inputs, keep_graph=keep, repeatable=True, weights=weights)
         self.flights[number], self._sent[number] = evaluation, (tick, self.version)
+        self.most = self.most.most(self.held())
         return evaluation.output.detach()
 
     def learn_top(

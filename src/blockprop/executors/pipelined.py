@@ -108,7 +108,6 @@ class PipelinedExecutor:
         self.remote = remote
         self._mail: Mail | None = None
         self._lates: list[LateStage] = []
-        self._most: dict[int, Held] = {}  # by block
         self._ticks: Iterator[Tick] | None = None
         self._next: Tick = ()
         self._without: list[bool] = []  # by batch: whether it has no feedback
@@ -194,7 +193,7 @@ class PipelinedExecutor:
 
     def held(self) -> Held:
         """The most bytes so far that the blocks here kept beside weights, gradients and optimizer state."""
-        return sum(self._most.values(), Held())
+        return sum((late.most for late in self._lates), Held())
 
     def drain(self, stages: Sequence[Stage]) -> StepReport:
         """Train on what is still on its way, and take nothing new in."""
@@ -316,7 +315,6 @@ class PipelinedExecutor:
             h = part.inputs if k == 1 else self._mail.take_output(k, number, part.ids)
             assert h is not None
             output = late.forward(number, h, self.tick, quiet=self._quiet(number))
-            self._most[k] = self._most.get(k, Held()).most(late.held())
             if not late.top:
                 self._mail.send_output(k + 1, number, output, part.ids)
         elif kind == "drop":

@@ -39,7 +39,6 @@ from blockprop.experiments.ingredients import (
     weights_of,
 )
 from blockprop.experiments.settings import Settings
-from blockprop.held import Held
 from blockprop.metrics import Metrics
 from blockprop.partial import build_block, tensor_bytes
 from blockprop.runtime import FreeRunningExecutor, LostError, Neighbours, Place, Rendezvous
@@ -161,7 +160,6 @@ class _Block:
         self.folder = out / place.name
         self.finished = threading.Event()
         self._neighbours: Neighbours | None = None
-        self._held = Held()  # at most
 
     def lose(self, why: str) -> None:
         """End what waits for a neighbour."""
@@ -267,12 +265,7 @@ class _Block:
         settings, place = self.settings, self.place
         reporter = Reporter(rendezvous.again(), place)
 
-        def on_step(training: Training) -> None:
-            assert isinstance(algo.executor, PipelinedExecutor | FreeRunningExecutor)
-            self._held = self._held.most(algo.executor.held())
-            reporter.update(training)
-
-        training = training_of(settings, algo, dataset, on_step)
+        training = training_of(settings, algo, dataset, reporter.update)
         root = self.out if place.top and place.replica == 0 else self.folder
         training.metrics = Metrics(root / "metrics.jsonl", self.out / "tensorboard" / place.name)
         # neighbours meet twice at each, so that two blocks further one may be another behind, and so may a replica:
@@ -291,13 +284,15 @@ class _Block:
             write_atomically(self.folder / "model.safetensors", weights_of(training))
         optimizer = training.algo.wsteps[place.block - 1].optimizer
         memory = tensor_bytes(training.algo.blocks[place.block - 1], optimizer)
+        assert isinstance(training.algo, BlockProp)
+        assert isinstance(training.algo.executor, PipelinedExecutor | FreeRunningExecutor)
         own = {
             "bytes_per_step": {way: count / max(1, training.step) for way, count in training.traffic.items()},
-            "memory": {**memory, **asdict(self._held)},
+            "memory": {**memory, **asdict(training.algo.executor.held())},
             "busy": 1 - training.waited / training.seconds if training.seconds else 0.0,
         }
         if settings.newest:
-            assert isinstance(training.algo, BlockProp) and isinstance(training.algo.executor, FreeRunningExecutor)
+            assert isinstance(training.algo.executor, FreeRunningExecutor)
             own["passed_over"] = training.algo.executor.passed
         rendezvous.write(f"done/{place.name}", own)
         summary["processes"] = {one.name: rendezvous.wait(f"done/{one.name}", 600) for one in places(settings)}

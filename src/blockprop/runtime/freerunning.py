@@ -242,8 +242,8 @@ class FreeRunningExecutor:
             late.measured(points, slopes)
 
     def held(self) -> Held:
-        """Bytes that the block here keeps beside weights, gradients and optimizer state."""
-        return Held() if self._late is None else self._late.held()
+        """The most bytes so far that the block here kept beside weights, gradients and optimizer state."""
+        return Held() if self._late is None else self._late.most
 
     def drain(self, stages: Sequence[Stage]) -> StepReport:  # noqa: ARG002
         """Learn from what is still on its way, and take nothing new in."""
