@@ -874,16 +874,6 @@ def test_every_link_is_measured_once_in_its_turn(monkeypatch, microbatches, accu
     assert all(turns - 3 <= count <= turns for count in asked.values())
 
 
-@pytest.mark.parametrize(("n", "M"), [(36, 7), (100, 22), (250, 30)])
-def test_a_full_batch_has_all_its_parts(n, M):
-    """Sizes at which n / (n / M) is less than M in floating point."""
-    executor = PipelinedExecutor(microbatches=M, curvature=Constant(0))
-    algo = trainer(executor, 2, mlp(depth=2))
-    algo.step(*batch(n))
-    algo.step(*batch(n))
-    assert [number for number, part in executor._parts.items() if part is None] == []
-
-
 def test_losing_a_whole_update_is_no_update_of_a_proximal_step():
     """Its preconditioner counts updates, and has seen no inputs since the last."""
     model = mlp(depth=4).float()

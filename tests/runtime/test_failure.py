@@ -44,6 +44,9 @@ class Store:
     def failure(self):
         return self.failed or None
 
+    def again(self):
+        return self
+
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
@@ -76,6 +79,23 @@ def test_a_neighbour_that_has_not_begun_or_has_ended_is_not(said):
     store = Store(said)
     assert watched(store) == (None, False)
     assert store.written[-1] == "done"
+
+
+@pytest.mark.parametrize("deaf", [True, False])
+def test_a_process_that_does_not_hear_of_a_failure_is_ended(deaf):
+    store, finished, lost, ended = Store(), threading.Event(), threading.Event(), []
+
+    def lose(_why):
+        lost.set()
+        if not deaf:
+            finished.set()
+
+    guarding = failure.guard(store, Place(1, 2), finished, lose, patience=0.1, end=ended.append)
+    assert not lost.wait(0.1)  # all is well
+    store.fail("block-2", "no memory")
+    guarding.join(10)
+    assert lost.is_set()
+    assert ended == (["stopped, since block-2 failed: no memory"] if deaf else [])
 
 
 def test_a_store_that_does_not_answer_is_lost():

@@ -8,15 +8,16 @@ neighbours (`blockprop.runtime`). The numbers are the same.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from blockprop.cache import GluingCache, Visits
+from blockprop.cache import GluingCache
 from blockprop.correction import Correction
 from blockprop.executors.alignment import late_alignment
 from blockprop.executors.executor import StepReport, check_finite
+from blockprop.executors.intake import Intake, Part
 from blockprop.executors.mail import LocalMail, Mail, Remote
 from blockprop.executors.tally import Tally
 from blockprop.executors.turns import Turns
@@ -27,20 +28,6 @@ from blockprop.schedules import Action, Latency, Tick, delay, delays, parallel, 
 from blockprop.stage import Stage
 
 __all__ = ["PipelinedExecutor", "check_cached", "check_form"]
-
-
-@dataclass
-class _Part:
-    """A microbatch: inputs, labels and ids, each as far as a block that lives here needs it; its share of its batch.
-
-    And the number of predictions of the whole batch, where the last block lives here and the batch is cut.
-    """
-
-    inputs: Tensor | None
-    labels: Tensor | None
-    ids: Tensor | None
-    share: float
-    total: float | None = None
 
 
 class PipelinedExecutor:
@@ -100,22 +87,18 @@ class PipelinedExecutor:
         self._given = schedule is not None
         self.microbatches, self.latency = microbatches, latency
         self.schedule = schedule or (
-            lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency, quiet=self._quiet)
+            lambda blocks: pipelined(blocks, microbatches=microbatches, latency=latency, quiet=self._intake.quiet)
         )
         self.cache = cache
-        self._known = None if cache is None else cache()  # holds no entries: what examples there are
-        self._visits = None if self._known is None else Visits(self._known.examples, refresh)
+        known = None if cache is None else cache()  # holds no entries: what examples there are
+        self._intake = Intake(microbatches, known, refresh)
         self.remote = remote
         self._mail: Mail | None = None
         self._lates: list[LateStage] = []
         self._ticks: Iterator[Tick] | None = None
         self._next: Tick = ()
-        self._without: list[bool] = []  # by batch: whether it has no feedback
         self._watched: dict[int, tuple[float, float] | None] = {}
         self.tick = 0
-        self._fed = self._taken = 0  # microbatches, in steps and by the schedule
-        self._parts: dict[int, _Part | None] = {}  # on their way; None for one that has no examples
-        self._largest = 0  # examples of a batch, so far
         self._turns = Turns()
         self._forwards: dict[tuple[int, int], int] = {}  # by block and microbatch: when, of those on their way
 
@@ -147,8 +130,8 @@ class PipelinedExecutor:
             raise ValueError("in a pipeline the blocks learn from different batches; expected the executor 'local'")
         self._begin(stages)
         waited = 0.0 if self.remote is None else self.remote.waited
-        examples, tally = self._feed(inputs, targets, ids), Tally(self._links)
-        while not any(kind == "forward" and k == 1 and number >= self._fed for k, kind, number in self._next):
+        examples, tally = self._intake.feed(inputs, targets, ids, self._counted), Tally(self._links)
+        while not self._intake.asks(self._next):
             self._carry_out(tally)
         return tally.report(examples, 0.0 if self.remote is None else self.remote.waited - waited)
 
@@ -157,39 +140,11 @@ class PipelinedExecutor:
         """How many links have their lower block here."""
         return 0 if self._mail is None else sum(self._mail.lives_here(k) for k in range(1, len(self._lates)))
 
-    def _feed(self, inputs: Tensor | None, targets: Tensor | None, ids: Tensor | None) -> int:
-        # where the pipeline ran empty the schedule has gone on: the next batch is its next one
-        self._fed = max(self._fed, math.ceil(self._taken / self.microbatches) * self.microbatches)
-        known = next(value for value in (inputs, targets, ids) if value is not None)
-        if self._visits is not None and self._known is not None:
-            ids = self._known.check(ids, len(known))
-            self._without += [False] * (self._fed // self.microbatches - len(self._without))
-            self._without.append(not self._visits.due(ids))
-        # a short last batch is cut into fewer parts of the same size: BatchNorm needs more than one example
-        self._largest = max(self._largest, len(known))
-        count = max(1, len(known) * self.microbatches // self._largest)
-        cut = [self._cut(value, count) for value in (known, inputs, targets, ids)]
-        total = None if targets is None or self.microbatches == 1 else self._loss.counted(targets) or None
-        for number, (one, x, y, i) in enumerate(zip(*cut, strict=True), self._fed):
-            # an empty one is waited for as well, so that all replicas of a block come to the end together
-            some = one is not None and len(one)
-            self._parts[number] = _Part(x, y, i, len(one) / len(known), total) if some else None
-        self._fed += self.microbatches
-        return len(known)
-
-    @property
-    def _loss(self) -> OutputLoss:
+    def _counted(self, labels: Tensor) -> float:
+        """How many predictions there are in some labels."""
         loss = self._lates[-1].stage.above
         assert isinstance(loss, OutputLoss)
-        return loss
-
-    def _cut(self, value: Tensor | None, count: int) -> list[Tensor | None]:
-        parts: list[Tensor | None] = [] if value is None else list(value.tensor_split(count))
-        return parts + [None] * (self.microbatches - len(parts))
-
-    def _quiet(self, number: int) -> bool:
-        batch = number // self.microbatches
-        return batch < len(self._without) and self._without[batch]
+        return loss.counted(labels)
 
     def held(self) -> Held:
         """The most bytes so far that the blocks here kept beside weights, gradients and optimizer state."""
@@ -197,11 +152,11 @@ class PipelinedExecutor:
 
     def drain(self, stages: Sequence[Stage]) -> StepReport:
         """Train on what is still on its way, and take nothing new in."""
-        if not self._parts:
+        if not self._intake:
             return Tally(0).report()
         self._begin(stages)
         tally = Tally(self._links)
-        while self._parts:
+        while self._intake:
             self._carry_out(tally)
         for late in self._lates:
             if self._here(late):
@@ -217,7 +172,7 @@ class PipelinedExecutor:
         if self._ticks is None:
             self._furnish(stages)
             self._ticks = self.schedule(len(stages))
-            self._taken = 0
+            self._intake.begin()
             for now, tick in enumerate(itertools.islice(self._ticks, self.tick)):
                 self._past(tick, now)
             self._next = next(self._ticks)
@@ -262,24 +217,22 @@ class PipelinedExecutor:
         self._turns.due |= {link for link in links if self.correction.curvature.wants(link, len(links), self.tick)}
         asking = [action for action in self._next if self._takes_turn(action)]
         for k, _, number in asking:
-            part = self._parts[number]
-            assert part is not None
             if not self._mail.lives_here(k):
-                self._mail.serve(k, part.labels)
+                self._mail.serve(k, self._intake[number].labels)
         for action in self._next:
-            if action.batch in self._parts or action.kind == "update":
+            if action.batch in self._intake or action.kind == "update":
                 self._act(action, action in asking, tally)
         self._past(self._next, self.tick)
         self.tick += 1
         self._next = next(self._ticks)
 
     def _past(self, tick: Tick, now: int) -> None:
-        self._taken += sum(kind == "forward" and k == 1 for k, kind, _ in tick)
+        self._intake.past(tick)
         self._turns.past(tick)
         for k, kind, number in tick:
             if kind == "forward":
                 self._forwards[k, number] = now
-            elif kind != "update" and k == (len(self._lates) if self._quiet(number) else 1):  # the last to see it
+            elif self._intake.last(Action(k, kind, number), len(self._lates)):
                 for block in range(1, len(self._lates) + 1):
                     self._forwards.pop((block, number), None)
 
@@ -291,7 +244,7 @@ class PipelinedExecutor:
     def _takes_turn(self, action: Action) -> bool:
         """Whether a block measures the curvature above it with this action."""
         _, kind, number = action
-        if kind != "backward" or self._parts.get(number) is None or self._quiet(number):
+        if kind != "backward" or self._intake.empty(number) or self._intake.quiet(number):
             return False
         return self._turns.take(action, self._next)
 
@@ -299,47 +252,44 @@ class PipelinedExecutor:
         k, kind, number = action
         assert self._mail is not None
         if not self._mail.lives_here(k):
-            self._end(k, kind, number)
+            self._end(action)
             return
         late = self._lates[k - 1]
         if kind == "update":
             late.update()
             return
-        part = self._parts[number]
-        if part is None:
+        if self._intake.empty(number):
             if kind != "forward":
                 late.absent()
-            self._end(k, kind, number)
+            self._end(action)
             return
+        part = self._intake[number]
         if kind == "forward":
             h = part.inputs if k == 1 else self._mail.take_output(k, number, part.ids)
             assert h is not None
-            output = late.forward(number, h, self.tick, quiet=self._quiet(number))
+            output = late.forward(number, h, self.tick, quiet=self._intake.quiet(number))
             if not late.top:
                 self._mail.send_output(k + 1, number, output, part.ids)
         elif kind == "drop":
             late.drop(number)
         else:
             self._backward(late, number, part, asks, tally)
-        self._end(k, kind, number)
+        self._end(action)
 
-    def _end(self, k: int, kind: str, number: int) -> None:
-        """The first block is the last that has to do with a batch."""
-        if k == 1 and (kind == "drop" or (kind == "backward" and not self._quiet(number))):
-            self._parts.pop(number, None)
-        if k == len(self._lates) and kind == "backward" and self._quiet(number):
-            self._parts.pop(number, None)
+    def _end(self, action: Action) -> None:
+        if self._intake.last(action, len(self._lates)):
+            self._intake.end(action.batch)
 
-    def _backward(self, late: LateStage, number: int, part: _Part, asks: bool, tally: Tally) -> None:
+    def _backward(self, late: LateStage, number: int, part: Part, asks: bool, tally: Tally) -> None:
         assert self._mail is not None
         mail, k = self._mail, late.stage.index
         before = late.stage.wstep.hold() if self._watched else []
         if late.top:
             assert part.labels is not None
-            term, feedback = late.learn_top(number, part.labels, total=part.total, quiet=self._quiet(number))
-            weight = 1.0 if part.total is None else self._loss.counted(part.labels) / part.total
+            term, feedback = late.learn_top(number, part.labels, total=part.total, quiet=self._intake.quiet(number))
+            weight = 1.0 if part.total is None else self._counted(part.labels) / part.total
             tally.loss(check_finite(term), weight)
-        elif self._quiet(number):
+        elif self._intake.quiet(number):
             assert part.ids is not None
             learnt = late.learn_cached(number, part.ids, part.share)
             tally.link(late.link, learnt, part.share)
@@ -379,14 +329,8 @@ class PipelinedExecutor:
         """Where the schedule is, what is on its way, what is known of the curvature: a tree for a checkpoint."""
         return {
             "tick": self.tick,
-            "fed": self._fed,
-            "largest": self._largest,
             "due": sorted(self._turns.due),
-            "without": list(self._without),
-            "visits": None if self._visits is None else self._visits.counts,
-            "parts": [
-                [n] if p is None else [n, p.inputs, p.labels, p.ids, p.share, p.total] for n, p in self._parts.items()
-            ],
+            **self._intake.state_dict(),
             "mail": None if self._mail is None else self._mail.state_dict(),
             "lates": [late.state_dict() if self._here(late) else None for late in self._lates],
             "correction": self.correction.state_dict(),
@@ -395,23 +339,14 @@ class PipelinedExecutor:
     def _here(self, late: LateStage) -> bool:
         return self._mail is not None and self._mail.lives_here(late.stage.index)
 
-    def _restored(
-        self, inputs: Tensor | None, labels: Tensor | None, ids: Tensor | None, share: float, *total: float | None
-    ) -> _Part:
-        if not total and labels is not None and share < 1:  # not in older checkpoints
-            total = (self._loss.counted(labels) / share,)
-        return _Part(inputs, labels, ids, share, *total)
-
     def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
         """Continue from what `state_dict` returned, with the same settings."""
         self._ticks = None
         self._furnish(stages)
         self._turns = Turns(stages[0].wstep.accumulate)
-        self._largest, self._turns.due = state.get("largest", 0), set(state.get("due", ()))  # not in older checkpoints
-        self.tick, self._fed, self._without = state["tick"], state["fed"], list(state["without"])
-        if self._visits is not None:
-            self._visits.counts = state["visits"].clone()
-        self._parts = {number: self._restored(*part) if part else None for number, *part in state["parts"]}
+        self._turns.due = set(state.get("due", ()))  # not in older checkpoints
+        self.tick = state["tick"]
+        self._intake.load_state_dict(state, self._counted)
         self.correction.load_state_dict(state["correction"])
         for late, saved in zip(self._lates, state["lates"], strict=False):
             if saved is not None:

@@ -42,7 +42,7 @@ from blockprop.experiments.settings import Settings
 from blockprop.metrics import Metrics
 from blockprop.partial import build_block, tensor_bytes
 from blockprop.runtime import FreeRunningExecutor, LostError, Neighbours, Place, Rendezvous
-from blockprop.runtime.failure import PATIENCE, fail, watch, why_lost
+from blockprop.runtime.failure import PATIENCE, fail, guard, why_lost
 from blockprop.runtime.rendezvous import LOOPBACK, serves_the_store
 from blockprop.training import Training
 
@@ -95,8 +95,13 @@ def join(
     """
     rendezvous = connect()
     block = _Block(settings, out, place, listen)
-    watching = threading.Thread(target=_watch, args=(rendezvous.again(), place, block, loud), daemon=True)
-    watching.start()
+
+    def end(why: str) -> None:
+        if loud:
+            print(f"blockprop: {why}", file=sys.stderr, flush=True)
+        os._exit(3)
+
+    watching = guard(rendezvous, place, block.finished, block.lose, patience=PATIENCE, end=end)
     try:
         with _shown(rendezvous.again(), settings) if show else contextlib.nullcontext():
             summary = block.train(rendezvous, resume=resume)
@@ -122,15 +127,6 @@ def join(
         raise
     finally:
         watching.join(1.0)
-
-
-def _watch(rendezvous: Rendezvous, place: Place, block: "_Block", loud: bool) -> None:
-    """Let what waits know when the run has failed elsewhere; end a process that does not hear of it."""
-    failure = watch(rendezvous, place, block.finished, block.lose)
-    if failure is not None and not block.finished.wait(PATIENCE):
-        if loud:
-            print(f"blockprop: stopped, since {failure['where']} failed: {failure['why']}", file=sys.stderr, flush=True)
-        os._exit(3)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch.distributed import DistError
 
 from blockprop.runtime.rendezvous import Place, Rendezvous
 
-__all__ = ["PATIENCE", "fail", "failure_of", "watch", "why_lost"]
+__all__ = ["PATIENCE", "fail", "failure_of", "guard", "watch", "why_lost"]
 
 PATIENCE = 3.0
 """Seconds that processes have to end by themselves once the run has failed or was stopped."""
@@ -69,6 +69,37 @@ def watch(
             break
     lose("the run failed")
     return failure
+
+
+def guard(
+    rendezvous: Rendezvous,
+    place: Place,
+    finished: threading.Event,
+    lose: Callable[[str], None],
+    *,
+    patience: float,
+    end: Callable[[str], None],
+) -> threading.Thread:
+    """Watch in a thread of its own, and end a process that does not hear of the run's failure.
+
+    Args:
+        rendezvous: as in `watch`; the thread has another connection to it.
+        place: as there.
+        finished: as there.
+        lose: as there.
+        patience: seconds that the process has to end by itself.
+        end: ends it, and may say why: in one line.
+    """
+    own = rendezvous.again()
+
+    def look() -> None:
+        failure = watch(own, place, finished, lose)
+        if failure is not None and not finished.wait(patience):
+            end(f"stopped, since {failure['where']} failed: {failure['why']}")
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    return thread
 
 
 class _Pulse(threading.Thread):

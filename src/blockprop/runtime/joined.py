@@ -4,7 +4,6 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from blockprop.errors import first_line
 from blockprop.executors import Executor, PipelinedExecutor
 from blockprop.runtime import failure as failures
 from blockprop.runtime.edge import Post
-from blockprop.runtime.failure import fail, watch, why_lost
+from blockprop.runtime.failure import fail, guard, why_lost
 from blockprop.runtime.freerunning import FreeRunningExecutor
 from blockprop.runtime.group import LostError
 from blockprop.runtime.message import Precision
@@ -68,8 +67,13 @@ def processes(
         if posts:
             posts[0].lose(why)
 
-    watching = threading.Thread(target=_watch, args=(rendezvous.again(), place, finished, lose), daemon=True)
-    watching.start()
+    def end(why: str) -> None:
+        if not hasattr(sys, "ps1"):  # not at a prompt
+            print(f"blockprop: {place.name} {why}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    # a script has a time in which it may come to its next step, and hear of the failure there
+    watching = guard(rendezvous, place, finished, lose, patience=failures.SILENCE, end=end)
     atexit.register(watching.join, 1.0)
     atexit.register(finished.set)  # before the other: the latest is called first
     remote = Neighbours(place, rendezvous, listen=listen, precision=messages, parted=finished)
@@ -77,15 +81,6 @@ def processes(
     if policy == "free-running":
         return FreeRunningExecutor(remote, **more)
     return PipelinedExecutor(remote=remote, **more)
-
-
-def _watch(rendezvous: Rendezvous, place: Place, finished: threading.Event, lose: Callable[[str], None]) -> None:
-    """End a script that does not hear of the run's failure, after a time in which it may come to its next step."""
-    failure = watch(rendezvous, place, finished, lose)
-    if failure is not None and not finished.wait(failures.SILENCE) and not hasattr(sys, "ps1"):
-        why = f"stopped, since {failure['where']} failed: {failure['why']}"
-        print(f"blockprop: {place.name} {why}", file=sys.stderr, flush=True)
-        os._exit(1)
 
 
 def _say_what_ends_it(rendezvous: Rendezvous, place: Place) -> None:
