@@ -11,10 +11,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pipelines import report, training
+from benchmarks.pipelines import costs, report, training
 from benchmarks.pipelines.bench import Bench, Extent
 from benchmarks.pipelines.link import SPEEDS, Link, LinkError, Speed
 from benchmarks.pipelines.methods import BASE, Own, Peer, all_peers, own
@@ -129,16 +130,30 @@ def on_link(bench: Bench, link: Link, group: dict[str, Any], results: Results, g
         missing = [one for one in missing if isinstance(one, Peer)]
     if missing:
         base = [one for one in peers if one.name == BASE and one not in missing]
+        layers: list[costs.Costs] = []
+
+        def first() -> None:
+            if not given.quick:
+                say(f"{bench.workload.name}: its layers")
+                layers.append(costs.measured(bench.workload, repeats=3, seconds=4.0))
+
         fresh = bench.rounds(
             [*base, *(one for one in missing if isinstance(one, Peer))],
             [one for one in missing if isinstance(one, Own)],
             link,
+            first,
         )
+        beside = f"{bench.workload.name}, {link.speed.name}, {datetime.now(UTC):%Y-%m-%d %H:%M}"
         for name in (one.name for one in missing):
             made = report.row(bench.workload.name, link.speed.name, name, fresh[name])
+            made |= {"costs": beside} if layers else {}
             rows[name] = report.with_quality_of(made, rows.get(name, {}))
+        if layers:
+            group.setdefault("costs", {})[beside] = costs.middle(layers).as_json()
         order = [one.name for one in (*peers, *ours)]
         group["rows"] = rows = {name: rows[name] for name in order if name in rows}
+        told = {made.get("costs") for made in rows.values()}
+        group["costs"] = {name: found for name, found in group.get("costs", {}).items() if name in told}
         group["measured"] = report.made_on()
         finish(results, given)
     wanted = results.known["quality"].get(bench.workload.name)

@@ -60,10 +60,18 @@ class Bench:
     def __exit__(self, *_ended: object) -> None:
         self._folder.cleanup()
 
-    def rounds(self, peers: Sequence[Peer], own: Sequence[Own], link: Link) -> dict[str, dict[str, Any]]:
+    def rounds(
+        self, peers: Sequence[Peer], own: Sequence[Own], link: Link, first: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, Any]]:
         """Every method in turn, round after round; a method that fails once is left out of later rounds.
 
         One thread has a turn after every few methods, since all are compared with it: to its median in the round.
+
+        Args:
+            peers: rows with torch's own means.
+            own: BlockProp's.
+            link: between the two processes.
+            first: what else is measured, at the beginning of every round.
 
         Returns:
             For each: samples/s and the ratio to one thread in every round, memory, bytes; or what went wrong.
@@ -77,10 +85,11 @@ class Bench:
         order = list(turns)
         base: list[float] = []
         for turn in range(self.extent.rounds):
-            first = turn % len(order)
+            first()
+            begin = turn % len(order)
             rates: dict[str, float] = {}
             base.clear()
-            for name in _often(order[first:] + order[:first]):
+            for name in _often(order[begin:] + order[:begin]):
                 if "failed" in found[name]:
                     continue
                 self._say(f"{self.workload.name}, {link.speed.title}, round {turn + 1}: {name}")

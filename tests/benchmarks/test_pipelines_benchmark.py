@@ -4,11 +4,12 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.pipelines import bench, link, methods, peers, quality, report, traffic, training
+from benchmarks.pipelines import bench, costs, link, methods, peers, quality, report, traffic, training
 from benchmarks.pipelines.memory import InFlight, kept
 from benchmarks.pipelines.processes import LOOPBACK, Crew, FailedError, run
 from benchmarks.pipelines.workloads import boundary, saved, workloads
@@ -16,6 +17,7 @@ from torch import nn
 
 from blockprop.experiments.settings import Settings
 from blockprop.models import mlp
+from blockprop.planning.costs import Layer, Passes
 
 FACTS = {"weights": 4000, "boundaries": {"layer2": 8, "layer3": 16, "layer4": 4}, "cut": "layer3", "batch": 128}
 
@@ -90,6 +92,43 @@ def test_boundary_and_saved_bytes_of_two_blocks():
     lower, upper = saved(model, "layer2", inputs)
     assert lower > 0
     assert upper > 0
+
+
+# costs
+
+
+def made_up(cost, name="layer"):
+    passes = {8: Passes(cost, 2 * cost, cost, cost), 4: Passes(cost, cost, cost, cost)}
+    return Layer(name, passes, update=cost, output_bytes=4, weight_bytes=8, copied=cost)
+
+
+def test_costs_go_through_json():
+    found = costs.Costs((made_up(1.0, "a"), made_up(0.1, "b")), 1.25)
+    assert costs.Costs.of_json(json.loads(json.dumps(found.as_json()))) == found
+
+
+def test_of_several_measurements_every_number_is_the_median():
+    found = costs.middle([costs.Costs((made_up(cost), made_up(2 * cost)), cost) for cost in (5.0, 1.0, 2.0)])
+    assert found == costs.Costs((made_up(2.0), made_up(4.0)), 2.0)
+
+
+def test_a_workloads_cuts_are_found_among_its_layers():
+    for workload in workloads(None):
+        names = sorted({workload.cut, workload.recomputing_cut, *workload.four})
+        layers = tuple(made_up(1.0, name) for one in names for name in (f"{one}0.part", f"{one}.part", f"{one}.rest"))
+        case = costs.Costs(layers, 1.0).case(workload)
+        found = [layers[index].name for index in (case.cut, case.recomputing_cut, *case.four)]
+        assert found == [f"{name}.part" for name in (workload.cut, workload.recomputing_cut, *workload.four)]
+
+
+def test_costs_are_measured_in_a_process_of_their_own():
+    (mlp3, *_) = workloads(None)
+    small = replace(mlp3, settings=replace(mlp3.settings, width=16, batch_size=4))
+    found = costs.measured(small, repeats=1, seconds=0.1)
+    names = [layer.name.partition(".")[0] for layer in found.layers]
+    assert names == ["flatten", "layer2", "layer3", "layer4"]
+    assert all(passes.backward > 0 for layer in found.layers[1:] for passes in layer.passes.values())
+    assert found.contention >= 1
 
 
 # command lines

@@ -60,6 +60,23 @@ def test_a_row_that_was_measured_apart_has_a_ratio_of_its_own():
     assert found.measured == 1.5
 
 
+def test_a_row_is_predicted_from_the_costs_that_it_names():
+    updating = Layer("layer", {8: Passes(1.0, 2.0, 1.0, 2.0)}, 3.0, 1.0, 4.0)
+    cases = {"mlp": CASE, "then": Case([updating] * 7, 8, contention=1.0, cut=4, recomputing_cut=3, four=(2, 4, 6))}
+    rows = [row("one thread", 100.0), *(row("GPipe, 8", 100.0) | {"costs": name} for name in (None, "then", "gone"))]
+    plain, with_updates, gone = (each.predicted for each in compare(rows, cases, LINKS))
+    assert plain == gone > with_updates  # which adding up the microbatches' gradients takes as well
+    del cases["mlp"]
+    assert [each.predicted for each in compare(rows, cases, LINKS)] == [with_updates]
+
+
+def test_a_row_is_as_slow_beside_the_link_as_its_own_one_thread():
+    slow = {"wire": Link(1e-4)}
+    rows = [row("one thread", 1.0, link="wire"), row("DDP", 1.0, link="wire"), row("DDP", 1.0, link="wire")]
+    fast, same = compare([rows[0], rows[1] | {"ratio": 0.01}, rows[2]], {"mlp": CASE}, slow)
+    assert fast.predicted < 0.1 * same.predicted
+
+
 def test_a_link_is_as_slow_beside_the_devices_as_one_thread_is_fast():
     """The layers take 21 s, one thread was measured to take 0.21: a link that was nothing beside it is the limit."""
     slow = {"wire": Link(1e-4)}

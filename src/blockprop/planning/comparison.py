@@ -121,8 +121,9 @@ def compare(
 
     Args:
         rows: each with "workload", "method", "link" and "samples_per_second", as `benchmarks.pipelines` leaves them; a
-            row "one thread" for every workload, measured with the link's rows or else on any link.
-        cases: by the workload's name.
+            row "one thread" for every workload, measured with the link's rows or else on any link. One that was
+            measured apart has its "ratio" to one thread beside it, and may name the "costs" that were.
+        cases: by the workload's name, or by what a row names as its costs.
         links: by the link's name.
 
     Raises:
@@ -138,17 +139,18 @@ def compare(
     found = []
     for row in rows:
         name, method, link = row["workload"], row["method"], row["link"]
-        if name not in cases or link not in links or method == BASE:
+        case = cases.get(row.get("costs") or name, cases.get(name))
+        if case is None or link not in links or method == BASE:
             continue
         if name not in base:
             raise ValueError(f"workload {name!r} has no row {BASE!r} to compare with; expected one on any link")
-        measured, one = base.get(f"{name}/{link}", base[name]), cases[name].predict(BASE, links[link])
+        rate = row["samples_per_second"]
+        ratio = row.get("ratio", rate / base.get(f"{name}/{link}", base[name]))
+        measured, one = rate / ratio, case.predict(BASE, links[link])
         assert one is not None
         # layers measured one by one may be faster than in training, by what the caches then lack: one thread's row
         # says how fast a device really is beside the link
-        predicted = cases[name].predict(method, links[link], measured / one)
+        predicted = case.predict(method, links[link], measured / one)
         if predicted is not None:
-            # of a row that was measured apart, to one thread beside it
-            ratio = row.get("ratio", row["samples_per_second"] / measured)
             found.append(Comparison(name, method, link, ratio, predicted / measured))
     return found
