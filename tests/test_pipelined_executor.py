@@ -560,7 +560,7 @@ def test_blocks_do_what_they_can_before_they_wait_for_feedback(monkeypatch):
     renew, take = LateStage.renew, LocalMail.take_feedback
 
     def renewed(late, number):
-        if number not in late._old:
+        if late.flights[number].old is None:
             order.append(("evaluated", late.stage.index, number))
         renew(late, number)
 
@@ -950,8 +950,8 @@ def test_microbatches_between_two_updates_share_one_copy_of_the_weights():
     algo = trainer(executor, K=2)
     for x, y in data(3):
         algo.step(x, y)
-    (flights, versions) = executor._lates[0].flights, executor._lates[0]._sent
-    copies = {(versions[number][1], id(next(iter(one.weights.values())))) for number, one in flights.items()}
+    flights = executor._lates[0].flights.values()
+    copies = {(one.version, id(next(iter(one.evaluation.weights.values())))) for one in flights}
     assert len(flights) > len(copies) == len({version for version, _ in copies})
 
 

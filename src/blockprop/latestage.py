@@ -28,7 +28,7 @@ from blockprop.probe import Points, Probe
 from blockprop.stage import Feedback, Stage
 from blockprop.ways import averaged, projected
 
-__all__ = ["LateStage", "Learnt"]
+__all__ = ["Flight", "LateStage", "Learnt"]
 
 Ask = Callable[[Points], Points | None]
 """Slopes at some outputs of a block, from the blocks above it; None if they will come later (`LateStage.measured`)."""
@@ -59,6 +59,28 @@ class Learnt:
     cached: bool = False
 
 
+@dataclass
+class Flight:
+    """A batch on its way.
+
+    Attributes:
+        evaluation: of the batch, at the weights of its forward pass; at the present ones once `old` is there.
+        tick: when it was forwarded.
+        version: how many updates the block had made by then.
+        old: b_old(h), the output that was sent, where the batch has been evaluated anew since.
+    """
+
+    evaluation: Evaluation
+    tick: int
+    version: int
+    old: Tensor | None = None
+
+    @property
+    def sent(self) -> Tensor:
+        """b_old(h)."""
+        return self.evaluation.output.detach() if self.old is None else self.old
+
+
 class LateStage:
     """A stage, its flights, and how it corrects late feedback.
 
@@ -71,6 +93,7 @@ class LateStage:
         cache: feedback by example, of the link above; None for none.
 
     Attributes:
+        flights: the batches on their way, by number.
         most: the most so far that was held at the end of a forward pass.
     """
 
@@ -91,9 +114,7 @@ class LateStage:
         self.parts = parts
         self.cache = cache
         self.probe = Probe(stage)
-        self.flights: dict[int, Evaluation] = {}
-        self._old: dict[int, Tensor] = {}  # b_old(h), of flights that are evaluated anew (`renew`)
-        self._sent: dict[int, tuple[int, int]] = {}  # by flight: the tick, and the block's version
+        self.flights: dict[int, Flight] = {}
         # by place in the batch: whether no update came between forward and backward last time; a schedule repeats
         self._still: dict[int, bool] = {}
         self._count = 1.0  # predictions per example, of the latest feedback
@@ -122,8 +143,9 @@ class LateStage:
 
     def held(self) -> Held:
         """What is kept here beside the block's own weights, gradients and optimizer state."""
-        kept = [value for flight in self.flights.values() for value in (flight.input, flight.output)]
-        copies = [*(flight.weights for flight in self.flights.values()), *([self._copy[1]] if self._copy else [])]
+        flying = [flight.evaluation for flight in self.flights.values()]
+        kept = [value for evaluation in flying for value in (evaluation.input, evaluation.output)]
+        copies = [*(evaluation.weights for evaluation in flying), *([self._copy[1]] if self._copy else [])]
         stashed = {id(weights): weights for weights in copies}  # flights between two updates share theirs
         cached = self.cache.size(self.cache.shapes) if self.cache is not None and self.cache.shapes else 0
         return Held(_bytes(kept), sum(_bytes(weights.values()) for weights in stashed.values()), cached)
@@ -145,7 +167,7 @@ class LateStage:
         keep = now or self.correction.reuse or self._still.get(number % self.parts, False)
         with microbatched(self.stage.block, self.parts):
             evaluation = self.stage.forward(inputs, keep_graph=keep, repeatable=True, weights=weights)
-        self.flights[number], self._sent[number] = evaluation, (tick, self.version)
+        self.flights[number] = Flight(evaluation, tick, self.version)
         self.most = self.most.most(self.held())
         return evaluation.output.detach()
 
@@ -164,8 +186,7 @@ class LateStage:
             The loss, as much of the batch's mean as is this microbatch's; and the feedback for the block below, if
             there is one.
         """
-        evaluation, loss = self.flights.pop(number), self.stage.above
-        del self._sent[number]
+        evaluation, loss = self.flights.pop(number).evaluation, self.stage.above
         assert isinstance(loss, OutputLoss)
         self._fresh = True
         target = LossTerm(loss, labels.to(self.stage.device), total)
@@ -182,16 +203,16 @@ class LateStage:
         Args:
             number: of a batch on its way, of which the block learns before its next update.
         """
-        if number in self._old:
+        flight = self.flights[number]
+        if flight.old is not None:
             return
-        evaluation, (_, version) = self.flights[number], self._sent[number]
-        old = evaluation.output.detach()
+        evaluation, old = flight.evaluation, flight.sent
         # at the weights that it was evaluated with, it need not be evaluated again
-        still = self._still[number % self.parts] = version == self.version and not evaluation.weights
+        still = self._still[number % self.parts] = flight.version == self.version and not evaluation.weights
         if not self.correction.reuse and not still:
             evaluation.at_present_weights()
         evaluation.with_graph()
-        self._old[number] = old
+        flight.old = old
 
     def learn(
         self,
@@ -214,7 +235,8 @@ class LateStage:
             ids: the examples' numbers; the feedback is then kept in the cache.
         """
         self.renew(number)
-        evaluation, (sent, version), old = self.flights.pop(number), self._sent.pop(number), self._old.pop(number)
+        flight = self.flights.pop(number)
+        evaluation, old = flight.evaluation, flight.sent
         correction, gluing = self.correction, gluing.to(self.stage.device)
         self._fresh = True
         self._share += share
@@ -239,8 +261,8 @@ class LateStage:
         return Learnt(
             feedback,
             gluing.squared_sum / len(new),
-            age=tick - sent,
-            drift=math.nan if correction.reuse and version != self.version else _drift(new, old),
+            age=tick - flight.tick,
+            drift=math.nan if correction.reuse and flight.version != self.version else _drift(new, old),
             curvature=averaged(kappa),
             limited=target.limited(new),
         )
@@ -256,8 +278,9 @@ class LateStage:
             share: the microbatch's share of its batch.
         """
         assert self.cache is not None
-        evaluation = self.flights.pop(number)
-        if self._sent.pop(number)[1] != self.version:  # feedback that was lost has completed an update since
+        flight = self.flights.pop(number)
+        evaluation = flight.evaluation
+        if flight.version != self.version:  # feedback that was lost has completed an update since
             evaluation.at_present_weights()
         output = evaluation.with_graph().output.detach()
         self.cache.fit([output.shape[1:]])
@@ -293,8 +316,7 @@ class LateStage:
 
     def drop(self, number: int) -> None:
         """Forget a batch whose feedback is lost."""
-        for kept in (self.flights, self._sent, self._old):
-            kept.pop(number, None)
+        self.flights.pop(number, None)
         self._fresh = self._lost = True
 
     def absent(self) -> None:
@@ -362,7 +384,7 @@ class LateStage:
     def moved(self, number: int) -> bool:
         """Whether the block's weights have moved since it forwarded this batch."""
         accumulate = self.stage.wstep.accumulate
-        return self._sent[number][1] // accumulate != self.version // accumulate
+        return self.flights[number].version // accumulate != self.version // accumulate
 
     def wants(self, tick: int) -> bool:
         """Whether it is this link's turn to have the curvature above it measured."""
@@ -378,10 +400,10 @@ class LateStage:
         """What is on its way: a tree for a checkpoint. The curvature and the stage have their own."""
         return {
             "flights": [
-                [number, {**evaluation.state(), "output": self._old.get(number, evaluation.output.detach())}]
-                for number, evaluation in self.flights.items()
+                [number, {**flight.evaluation.state(), "output": flight.sent}]
+                for number, flight in self.flights.items()
             ],
-            "sent": [[number, *sent] for number, sent in self._sent.items()],
+            "sent": [[number, flight.tick, flight.version] for number, flight in self.flights.items()],
             "velocity": list(self._velocity),
             "fresh": self._fresh,
             "share": self._share,
@@ -393,14 +415,13 @@ class LateStage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned, with the same settings."""
         stage = self.stage
-        restored = {
-            number: Evaluation.restored(
+        sent = {number: (tick, version) for number, tick, version in state["sent"]}
+        self.flights = {}
+        for number, saved in state["flights"]:
+            evaluation = Evaluation.restored(
                 stage.block, saved, stage.device, differentiable=stage.below is not None, precision=stage.precision
             )
-            for number, saved in state["flights"]
-        }
-        self.flights, self._old = restored, {}
-        self._sent = {number: (tick, version) for number, tick, version in state["sent"]}
+            self.flights[number] = Flight(evaluation, *sent[number])
         self._velocity = [mean.to(stage.device) for mean in state["velocity"]]
         self._fresh, self._count = state["fresh"], state["count"]
         self._share, self._lost = state.get("share", 0.0), state.get("lost", False)  # not there in older checkpoints
