@@ -123,7 +123,7 @@ def test_a_workloads_cuts_are_found_among_its_layers():
 
 def test_costs_are_measured_in_a_process_of_their_own():
     (mlp3, *_) = workloads(None)
-    small = replace(mlp3, settings=replace(mlp3.settings, width=16, batch_size=4))
+    small = replace(mlp3, settings=replace(mlp3.settings, width=16, batch_size=8))
     found = costs.measured(small, repeats=1, seconds=0.1)
     names = [layer.name.partition(".")[0] for layer in found.layers]
     assert names == ["flatten", "layer2", "layer3", "layer4"]
