@@ -1,5 +1,6 @@
 """What lies at a process until it is taken."""
 
+import itertools
 import threading
 import time
 
@@ -97,18 +98,18 @@ def test_what_is_left_is_sent_as_long_as_messages_go(monkeypatch):
     assert together(2, work) == [8, 8]
 
 
-def test_of_many_lengths_the_first_alone_have_calls_ahead(monkeypatch):
-    made = []
+@pytest.mark.parametrize("order", [1, -1])
+def test_messages_of_many_lengths_are_waited_for_at_a_few(order, monkeypatch):
+    """Those that creep up too: calls that wait keep their memory."""
+    rooms = []
 
     class Counted(edges._Ahead):
-        def __init__(self, *args, **more):
-            super().__init__(*args, **more)
-            if args[2] != edges._HEAD and more.get("count") != 1:
-                made.append(args[3])
+        def __init__(self, group, peer, tag, room):
+            super().__init__(group, peer, tag, room)
+            rooms.append((tag, room))
 
     monkeypatch.setattr(edges, "_Ahead", Counted)
-    monkeypatch.setattr(edges, "LENGTHS", 2)
-    sizes = [*range(1, 500, 90)] * 2
+    sizes = [*range(1, 4000, 90)][::order]
 
     def work(rank, rendezvous):
         neighbours = Neighbours(Place.of_rank(rank, 2), rendezvous)
@@ -122,4 +123,17 @@ def test_of_many_lengths_the_first_alone_have_calls_ahead(monkeypatch):
         neighbours.close()
 
     together(2, work)
-    assert len(made) == len(set(made)) == 2
+    down, *up = sorted(rooms)[0], *sorted(rooms)[1:]
+    assert down == up[0] == (0, edges.ROOM)  # nothing long came down
+    assert [tag for tag, _ in up] == list(range(len(up)))
+    assert up[-1][1] < 1.5 * 12 * 4000
+    if order == -1:
+        assert len(up) == 2
+    else:
+        assert all(later >= 1.5 * earlier - 1 for (_, earlier), (_, later) in itertools.pairwise(up))
+
+
+@pytest.mark.parametrize("room", [0, 1, 4097, 2**31 - 1, 2**31, 5 * 2**33 + 7])
+def test_a_word_is_no_message(room):
+    assert edges._worded(edges._word(room)) == room
+    assert edges._worded(edges.pack(Message("output", 0))) is None

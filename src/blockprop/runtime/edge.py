@@ -1,13 +1,14 @@
-"""Two neighbours: a process group of two ranks, a thread that sends, a thread that receives, bounded queues.
+"""Two neighbours: a process group of two ranks each way, a thread that sends, one that receives, bounded queues.
 
 A group a pair, since a group of torch.distributed fails as a whole: one neighbour that is lost closes this edge alone.
+And a group for each direction: gloo's own thread tries again and again to read what has come while another thread
+writes to the same connection, for as long as the system lets it, and so takes the processor from the one that computes.
 What arrives is put into the process's `Post`, where the thread that trains takes it from.
 
 gloo sends a tensor when it knows that the other side waits for it. So the receiver always has some calls waiting ahead
-of the messages: without them every message would first go once to and fro over the link. A message is a head of fixed
-size, its length, and a body; bodies of a length have a tag of their own, and calls ahead once the first has come.
-So do the first lengths alone, since calls that wait keep their memory and cannot be taken back: of batches that are all
-of different sizes the later ones go to and fro.
+of the messages: without them every message would first go once to and fro over the link. What is waited for may be
+longer than what comes. So all calls are for one length, and before a message that is longer than that goes a word,
+with the length that it is from then on: calls that wait keep their memory, and cannot be taken back.
 """
 
 import contextlib
@@ -31,10 +32,10 @@ __all__ = ["EDGE_THREADS", "Edge", "Post"]
 EDGE_THREADS = ("send ", "receive ")
 """How the names of the threads of edges begin. One that waits for a lost neighbour cannot be ended."""
 
-LENGTHS = 16
-"""Lengths of bodies with calls ahead, on one edge and in one direction."""
+ROOM = 4096
+"""Bytes of the first calls to receive."""
 
-_HEAD, _ODD = 0, 1  # tags; of a length from 2
+_WORD = 12  # bytes: four that are zero, and of no message, and the length; 0 is the goodbye
 _COARSE = ("output", "feedback")
 _TRAINING = (*_COARSE, "points", "slopes")
 _FROM_BELOW = ("output", "points", "evaluate", "mark from below")
@@ -177,7 +178,11 @@ class Edge:
         self._peer, self._post, self._precision = int(not upper), post, precision
         self.sent_bytes = self.sent_messages = 0  # of training alone
         self._handed = 0  # messages of all kinds that the neighbour has taken
-        self._group = gloo(rendezvous, f"edge {name}", int(upper), 2, listen=listen, timeout=timeout)
+        ways = [
+            gloo(rendezvous, f"edge {name}{way}", int(upper), 2, listen=listen, timeout=timeout)
+            for way in ("", ", downwards")
+        ]
+        self._inward, self._outward = ways if upper else reversed(ways)
         self._outbox: queue.Queue[Message | None] = queue.Queue(queue_length)
         self._closing = False
         self._sender = threading.Thread(target=self._send_all, name=f"{EDGE_THREADS[0]}{name}", daemon=True)
@@ -202,43 +207,40 @@ class Edge:
         self._post.waited += time.perf_counter() - start
 
     def _send_all(self) -> None:
-        tags: dict[int, int] = {}
+        room, tag = ROOM, 0
         try:
             while (message := self._outbox.get()) is not None:
                 body = pack(message, self._precision if message.kind in _COARSE else "float32")
-                if len(tags) < LENGTHS:
-                    tags.setdefault(len(body), len(tags) + _ODD + 1)
-                tag = tags.get(len(body), _ODD)
-                head = torch.tensor([len(body), tag])
-                sent = [self._group.send([head], self._peer, _HEAD), self._group.send([body], self._peer, tag)]
-                for one in sent:
-                    one.wait()
+                if len(body) > room:
+                    room = max(len(body), 3 * room // 2)  # lengths that creep up do not leave calls of each behind
+                    self._outward.send([_word(room)], self._peer, tag).wait()
+                    tag += 1
+                self._outward.send([body], self._peer, tag).wait()
                 self._handed += 1
                 if message.kind in _TRAINING:
-                    self.sent_bytes += len(body) + head.numel() * head.itemsize
+                    self.sent_bytes += len(body)
                     self.sent_messages += 1
-            self._group.send([torch.tensor([-1, _ODD])], self._peer, _HEAD).wait()
+            self._outward.send([_word(0)], self._peer, tag).wait()
         except Exception as error:  # nobody else hears of it
             if not self._closing:
                 self._post.lose(f"edge {self.name}: {first_line(error)}")
 
     def _receive_all(self) -> None:
-        heads = _Ahead(self._group, self._peer, _HEAD, 2, torch.int64)
-        bodies: dict[int, _Ahead] = {}
+        tag = 0
         try:
+            ahead = _Ahead(self._inward, self._peer, tag, ROOM)
             while True:
-                length, tag = heads.next().tolist()
-                if length < 0:
+                body = ahead.next()
+                room = _worded(body)
+                if room is None:
+                    self._post.put(self.name, unpack(body))
+                elif room:
+                    tag += 1
+                    ahead = _Ahead(self._inward, self._peer, tag, room)
+                else:
                     why = f"edge {self.name}: the neighbour has ended; expected as many steps in all processes"
                     self._post.part(_FROM_BELOW if self._peer == 0 else _FROM_ABOVE, why)
                     return
-                if tag == _ODD:
-                    body = _Ahead(self._group, self._peer, tag, length, torch.uint8, count=1).last()
-                else:
-                    if tag not in bodies:
-                        bodies[tag] = _Ahead(self._group, self._peer, tag, length, torch.uint8)
-                    body = bodies[tag].next()
-                self._post.put(self.name, unpack(body))
         except Exception as error:  # nobody else hears of it
             if not self._closing:
                 self._post.lose(f"edge {self.name}: {first_line(error)}")
@@ -259,25 +261,30 @@ class Edge:
         self._closing = True
 
 
-class _Ahead:
-    """Calls to receive tensors of one size, of which some are always waiting."""
+def _word(room: int) -> Tensor:
+    return torch.tensor([0, *divmod(room, 2**31)], dtype=torch.int32).view(torch.uint8)
 
-    def __init__(self, group: Any, peer: int, tag: int, size: int, dtype: torch.dtype, count: int = 4) -> None:
-        self._group, self._peer, self._tag, self._size, self._dtype = group, peer, tag, size, dtype
+
+def _worded(body: Tensor) -> int | None:
+    """The length in a word; None if it is a message."""
+    zero, high, low = body[:_WORD].view(torch.int32).tolist()
+    return None if zero else high * 2**31 + low
+
+
+class _Ahead:
+    """Calls to receive as many bytes, or less, of which some are always waiting."""
+
+    def __init__(self, group: Any, peer: int, tag: int, room: int, count: int = 4) -> None:
+        self._group, self._peer, self._tag, self._room = group, peer, tag, room
         self._waiting = deque(self._call() for _ in range(count))
 
     def _call(self) -> tuple[Tensor, Any]:
-        tensor = torch.empty(self._size, dtype=self._dtype)
+        tensor = torch.empty(self._room, dtype=torch.uint8)
         return tensor, self._group.recv([tensor], self._peer, self._tag)
 
-    def last(self) -> Tensor:
-        """The next tensor, once it is there; no further call is made."""
+    def next(self) -> Tensor:
+        """The next bytes, once they are there; behind them the tensor is as it was made."""
         tensor, work = self._waiting.popleft()
         work.wait()
-        return tensor
-
-    def next(self) -> Tensor:
-        """The next tensor, once it is there."""
-        tensor = self.last()
         self._waiting.append(self._call())
         return tensor
