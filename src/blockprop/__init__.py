@@ -9,8 +9,9 @@ report = algo.step(inputs, targets)
 
 from importlib.metadata import version
 
-from blockprop.algorithm import Backprop, BlockProp
+from blockprop.algorithm import BlockProp
 from blockprop.augmented import augmented_loss
+from blockprop.backprop import Backprop
 from blockprop.blocks import Blocks
 from blockprop.executors import StepReport
 from blockprop.hsolvers import Backtracking, GaussNewton, GradientDescent, Solution

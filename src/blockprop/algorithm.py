@@ -1,138 +1,30 @@
-"""BlockProp and backpropagation, in the same shape: `report = algo.step(inputs, targets)`."""
+"""BlockProp: `report = algo.step(inputs, targets)`."""
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blockprop.blocks import Blocks
-from blockprop.errors import block_failed, first_line
-from blockprop.evaluation import autocast
 from blockprop.executors import EXECUTORS, Executor, StepReport
-from blockprop.executors.executor import Synchronous, check_finite
+from blockprop.executors.executor import Synchronous
 from blockprop.executors.mail import Remote
 from blockprop.forms import Form, FormName, form_named
 from blockprop.hsolvers import HSolver
+from blockprop.learner import Learner, Loss, check_batch
 from blockprop.losses import OutputLoss
-from blockprop.modes import evaluating
-from blockprop.partial import only
 from blockprop.penalties import PenaltyLike, per_link
 from blockprop.runtime import processes
 from blockprop.stage import Link, Stage
-from blockprop.wstep import OptimizerFactory, SchedulerFactory, WStep
+from blockprop.wstep import OptimizerFactory, SchedulerFactory
 
-__all__ = ["Backprop", "BlockProp", "backprop_gradient"]
+__all__ = ["BlockProp"]
 
-Loss = Callable[[Tensor, Tensor], Tensor] | OutputLoss
-T = TypeVar("T")
 _NAMES = (*EXECUTORS, "processes")
 
 
-def _per_block(name: str, given: T | Sequence[T] | None, blocks: int) -> list[Any]:
-    if isinstance(given, Sequence):
-        if len(given) != blocks:
-            raise ValueError(f"{name} lists {len(given)} values for {blocks} blocks; give one, or one per block")
-        return list(given)
-    return [given] * blocks
-
-
-def _checked(blocks: Blocks) -> Blocks:
-    if not isinstance(blocks, Blocks):
-        raise ValueError(f"blocks is a {type(blocks).__name__}; expected Blocks: blocks = blockprop.split(model, 4)")
-    return blocks
-
-
-def _w_steps(
-    blocks: Blocks,
-    optimizer: OptimizerFactory | Sequence[OptimizerFactory],
-    scheduler: SchedulerFactory | Sequence[SchedulerFactory] | None,
-    clip: float | None,
-    accumulate: int,
-) -> list[WStep]:
-    optimizers = _per_block("optimizer", optimizer, len(blocks))
-    if not all(callable(make) for make in optimizers):
-        raise ValueError(
-            "optimizer is not a function; expected one from parameters to an optimizer, such as "
-            "lambda params: torch.optim.SGD(params, lr=0.1)"
-        )
-    schedulers = _per_block("scheduler", scheduler, len(blocks))
-    return [
-        WStep(block.parameters(), make, schedule, clip, accumulate)
-        for block, make, schedule in zip(blocks, optimizers, schedulers, strict=True)
-    ]
-
-
-def _place(blocks: Blocks, devices: Sequence[str | torch.device] | None) -> None:
-    """Move block k to device k; fewer devices than blocks hold consecutive blocks each."""
-    if devices is None:
-        return
-    if isinstance(devices, str) or not isinstance(devices, Sequence):
-        raise ValueError(f"devices is {devices!r}; expected a list, such as ['cuda:0', 'cuda:1']")
-    if not isinstance(blocks, Blocks) or not devices or len(devices) > len(blocks):
-        raise ValueError(f"devices lists {len(devices)} devices; expected at least 1 and at most one per block")
-    for k, block in enumerate(blocks):
-        name = devices[k * len(devices) // len(blocks)]
-        try:
-            block.to(torch.device(name))
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {str(name)!r} cannot be used: {first_line(error)}") from error
-
-
-def check_batch(inputs: Tensor | None, targets: Tensor | None) -> None:
-    for name, value in (("inputs", inputs), ("targets", targets)):
-        if value is None:  # of a block that lives in another process
-            continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor with one row per example")
-        if value.ndim == 0 or len(value) == 0:
-            raise ValueError(f"{name} has no rows; expected at least one example")
-        # one sum is cheap; only where it is not finite is every number looked at
-        if value.is_floating_point() and not math.isfinite(value.sum().item()) and not value.isfinite().all():
-            raise ValueError(f"{name} hold NaN or infinity; expected finite numbers: check the data")
-    if inputs is not None and targets is not None and len(inputs) != len(targets):
-        raise ValueError(f"{len(inputs)} inputs with {len(targets)} targets; expected as many of both")
-
-
-class _Trained:
-    """What the two algorithms have in common: blocks that are trained, each by a W-step of its own."""
-
-    blocks: Blocks
-    wsteps: list[WStep]
-
-    @property
-    def remote(self) -> Remote | None:
-        """The other processes, where every block has one of its own; None where all blocks live here."""
-        return None
-
-    @torch.no_grad()
-    def predict(self, inputs: Tensor | None) -> Tensor | None:
-        """The network's outputs in evaluation mode, by the plain forward pass; shape [N, ...]."""
-        assert inputs is not None
-        with evaluating([self.blocks.model]):
-            return self.blocks(inputs)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Optimizers, schedulers and accumulated gradients, block by block. The weights are the model's."""
-        return {"blocks": [wstep.state_dict() for wstep in self.wsteps]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned.
-
-        Raises:
-            ValueError: the state is of another number of blocks, or of blocks with other parameters.
-        """
-        if len(state["blocks"]) != len(self.wsteps):
-            raise ValueError(
-                f"the state is of {len(state['blocks'])} blocks, this network is cut into {len(self.wsteps)}; "
-                "expected the state of the same cut"
-            )
-        for wstep, saved in zip(self.wsteps, state["blocks"], strict=True):
-            wstep.load_state_dict(saved)
-
-
-class BlockProp(_Trained):
+class BlockProp(Learner):
     """Train blocks by Algorithm 1: a forward pass, a sweep of h-steps from the top, a W-step of every block.
 
     Args:
@@ -191,20 +83,19 @@ class BlockProp(_Trained):
         recompute: bool = False,
     ) -> None:
         self.form = form_named(form)
-        _place(blocks, devices)
-        self.blocks = _checked(blocks)
         self.recompute = recompute
         self.executor = _executor(executor)
-        if self.remote is not None:
-            _keep_one(blocks, self.remote)  # before an optimizer holds the others
-        self.wsteps = _w_steps(blocks, optimizer, scheduler, clip, accumulate)
-        if self.remote is not None:
-            self.wsteps[self.remote.block - 1].average = self.remote.average
-        self.loss = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
+        super().__init__(
+            blocks,
+            loss,
+            optimizer,
+            scheduler=scheduler,
+            clip=clip,
+            accumulate=accumulate,
+            precision=precision,
+            devices=devices,
+        )
         self.links = _links(self.form, penalty, h_solver, len(blocks) - 1)
-        if precision is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
-            raise ValueError(f"precision is {precision!r}; expected a floating-point dtype such as torch.bfloat16")
-        self.precision = precision
         self.stages = self._stages(precision)
 
     def _stages(self, precision: torch.dtype | None) -> list[Stage]:
@@ -303,107 +194,6 @@ class BlockProp(_Trained):
     def close(self) -> None:
         """Give back the executor's threads."""
         self.executor.close()
-
-
-def backprop_gradient(
-    blocks: Blocks,
-    wsteps: Sequence[WStep],
-    loss: OutputLoss,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    precision: torch.dtype | None = None,
-) -> float:
-    """Backpropagate a batch through all blocks, onto the parameters' `.grad`; the mean loss.
-
-    Raises:
-        ValueError: an empty batch, labels out of range, a loss that is not finite.
-    """
-    check_batch(inputs, targets)
-    h = inputs
-    with torch.enable_grad():
-        for k, block in enumerate(blocks, 1):
-            parameter = next(block.parameters(), None)
-            h = h if parameter is None else h.to(parameter.device)
-            try:
-                with autocast(h.device, precision):
-                    h = block(h)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, IndexError) as error:
-                raise block_failed(k, block, h, error) from error
-        mean, _ = loss(h.float() if h.dtype == torch.bfloat16 else h, targets.to(h.device))
-        value = check_finite(mean)
-        parameters = [parameter for wstep in wsteps for parameter in wstep.parameters]
-        gradients = iter(torch.autograd.grad(mean, parameters, allow_unused=True))
-    for wstep in wsteps:
-        wstep.add([next(gradients) for _ in wstep.parameters])
-    return value
-
-
-class Backprop(_Trained):
-    """Backpropagation through all blocks at once, as the baseline: same blocks, optimizers, clipping, reports.
-
-    Args:
-        blocks: as in [`BlockProp`][blockprop.algorithm.BlockProp].
-        loss: as in `BlockProp`.
-        optimizer: as in `BlockProp`, one optimizer per block.
-        scheduler: as in `BlockProp`.
-        clip: largest gradient norm of a block, as in `BlockProp`.
-        accumulate: as in `BlockProp`.
-        precision: as in `BlockProp`.
-        devices: as in `BlockProp`.
-
-    Raises:
-        ValueError: as in `BlockProp`.
-    """
-
-    def __init__(
-        self,
-        blocks: Blocks,
-        loss: Loss,
-        optimizer: OptimizerFactory | Sequence[OptimizerFactory],
-        *,
-        scheduler: SchedulerFactory | Sequence[SchedulerFactory] | None = None,
-        clip: float | None = None,
-        accumulate: int = 1,
-        precision: torch.dtype | None = None,
-        devices: Sequence[str | torch.device] | None = None,
-    ) -> None:
-        _place(blocks, devices)
-        self.blocks = _checked(blocks)
-        self.wsteps = _w_steps(blocks, optimizer, scheduler, clip, accumulate)
-        self.loss = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
-        self.precision = precision
-
-    def step(self, inputs: Tensor, targets: Tensor, ids: Tensor | None = None) -> StepReport:  # noqa: ARG002
-        """One step of backpropagation on a batch; arguments and errors as in `BlockProp.step`."""
-        report = self.gradient(inputs, targets)
-        for wstep in self.wsteps:
-            wstep.update()
-        return report
-
-    def gradient(self, inputs: Tensor, targets: Tensor) -> StepReport:
-        """As `step`, but the gradients are left on the parameters' `.grad` and no weight is updated."""
-        loss = backprop_gradient(self.blocks, self.wsteps, self.loss, inputs, targets, precision=self.precision)
-        return StepReport(loss, len(inputs))
-
-    def finish(self) -> None:
-        """Nothing is on its way."""
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-
-def _keep_one(blocks: Blocks, remote: Remote) -> None:
-    """The other blocks live in other processes: free their memory here."""
-    if len(blocks) != remote.blocks:
-        raise ValueError(
-            f"the network is cut into {len(blocks)} blocks for {remote.blocks} processes"
-            + (f" with {remote.replicas} replicas each" if remote.replicas > 1 else "")
-            + "; expected as many of both"
-        )
-    only(blocks, remote.block)
 
 
 def _executor(given: str | Executor) -> Executor:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockprop.algorithm import BlockProp, backprop_gradient, check_batch
+from blockprop.algorithm import BlockProp
+from blockprop.backprop import backprop_gradient
 from blockprop.gluing import Gluing
 from blockprop.hsolvers import Backtracking, GradientDescent
+from blockprop.learner import check_batch
 from blockprop.objective import CurvatureProduct, GluingProblem
 from blockprop.stage import Link
 from blockprop.wstep import WStep

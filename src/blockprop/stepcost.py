@@ -13,12 +13,14 @@ from typing import ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from blockprop.algorithm import Backprop, BlockProp, Loss
+from blockprop.algorithm import BlockProp
+from blockprop.backprop import Backprop
 from blockprop.blocks import Blocks
 from blockprop.cost import counted, timed
 from blockprop.forms import FormName, form_named
 from blockprop.gluing import Gluing
 from blockprop.hsolvers import GradientDescent
+from blockprop.learner import Loss
 
 __all__ = ["CASES", "Case", "Costs", "StepCost", "step_costs"]
 
@@ -95,7 +97,7 @@ class Costs:
 
     Attributes:
         forward: C(forward), a forward pass without a graph.
-        backprop: C(backprop), a step of [`Backprop`][blockprop.algorithm.Backprop]: both passes and the update.
+        backprop: C(backprop), a step of [`Backprop`][blockprop.backprop.Backprop]: both passes and the update.
         h_steps: N_h.
         cases: the cost of each case.
     """

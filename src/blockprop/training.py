@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from blockprop.algorithm import Backprop, BlockProp
+from blockprop.algorithm import BlockProp
+from blockprop.backprop import Backprop
 from blockprop.checkpoint import Checkpoints
 from blockprop.data import Dataset, Split, batch_generator, batches
 from blockprop.diagnostics import alignment, curvature
