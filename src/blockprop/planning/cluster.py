@@ -61,7 +61,7 @@ class Link:
 
 
 LOOPBACK = Link(45_000, 0.0, 0.3, 0.45, 0.28)
-"""Between two processes of one machine, as measured (`python -m benchmarks.messages`): of a message's time until it is
+"""Between two processes of one machine, where one connection carries both directions: of a message's time until it is
 there the processors' at both ends is a part."""
 
 
