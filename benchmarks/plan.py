@@ -8,9 +8,11 @@ lose to each other, beside the rows that were measured with them. Of rows withou
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from benchmarks.measure import table
 from benchmarks.pipelines.costs import Costs, measured
 from benchmarks.pipelines.link import SPEEDS
 from benchmarks.pipelines.workloads import workloads
@@ -39,13 +41,39 @@ def shown(found: list[Comparison]) -> str:
     """The table: multiples of one thread, and the error of the prediction."""
     lines = [f"{'workload':10}{'link':10}{'method':36}{'measured':>9}{'predicted':>10}{'error':>9}"]
     for each in found:
-        flag = "" if abs(each.error) <= 0.15 else "  above 15 %"
+        flag = "" if near(each) else "  above 15 %"
         lines.append(
             f"{each.workload:10}{each.link:10}{each.method:36}{each.measured:9.2f}{each.predicted:10.2f}"
             f"{each.error:+9.0%}{flag}"
         )
-    within = sum(abs(each.error) <= 0.15 for each in found)
-    return "\n".join([*lines, f"{within} of {len(found)} within 15 %; numbers are multiples of one thread"])
+    return "\n".join([*lines, f"{counted(found)} within 15 %; numbers are multiples of one thread"])
+
+
+def near(each: Comparison) -> bool:
+    """Whether the prediction is within 15 %."""
+    return abs(each.error) <= 0.15
+
+
+def counted(found: Sequence[Comparison]) -> str:
+    """How many predictions are."""
+    return f"{sum(map(near, found))} of {len(found)}"
+
+
+def kind(method: str) -> str:
+    """What a row counts to."""
+    if method.startswith("BlockProp"):
+        return f"BlockProp {'with' if 'microbatches' in method else 'without'} microbatches"
+    return method.split(",", maxsplit=1)[0]
+
+
+def by_kind(found: Sequence[Comparison]) -> str:
+    """How many predictions are within 15 %, by kind of method and by link."""
+    kinds, places = (dict.fromkeys(map(of, found)) for of in (lambda one: kind(one.method), lambda one: one.link))
+    rows = [
+        [name, *(counted([one for one in found if (kind(one.method), one.link) == (name, link)]) for link in places)]
+        for name in kinds
+    ]
+    return table(["within 15 %", *places], rows)
 
 
 def main() -> None:
@@ -68,6 +96,10 @@ def main() -> None:
         print(f"{name}: layers measured now, two processes take {cases[name].contention:.3f} times as long as one")
     found = compare(rows, cases, links())
     print(shown(found))
+    print(by_kind(found))
+    beside = {(row["workload"], row["method"], row["link"]) for row in rows if row.get("costs") in cases}
+    those = [one for one in found if (one.workload, one.method, one.link) in beside]
+    print(f"of those whose layers were measured beside them {counted(those)}")
     if given.out:
         given.out.write_text(json.dumps([{**asdict(each), "error": each.error} for each in found], indent=1))
 

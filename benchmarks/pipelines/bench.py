@@ -61,7 +61,7 @@ class Bench:
         self._folder.cleanup()
 
     def rounds(
-        self, peers: Sequence[Peer], own: Sequence[Own], link: Link, first: Callable[[], None] = lambda: None
+        self, peers: Sequence[Peer], own: Sequence[Own], link: Link, first: Callable[[], None]
     ) -> dict[str, dict[str, Any]]:
         """Every method in turn, round after round; a method that fails once is left out of later rounds.
 

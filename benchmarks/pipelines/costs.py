@@ -7,17 +7,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-import torch
-
-from benchmarks.pipelines.workloads import SEED, Workload
-from blockprop.experiments.cost import random_data
+from benchmarks.pipelines.workloads import Workload
 from blockprop.experiments.optimizers import optimizer_named
-from blockprop.models import build
+from blockprop.experiments.plan import contention_of, costs_of
 from blockprop.planning.allocator import keep_freed_memory
 from blockprop.planning.comparison import Case
-from blockprop.planning.contention import measure_contention
-from blockprop.planning.costs import Layer, Passes, measure_layers
-from blockprop.split import layers_of
+from blockprop.planning.costs import Layer, Passes
 
 
 @dataclass(frozen=True)
@@ -72,17 +67,12 @@ def measured(workload: Workload, repeats: int, seconds: float) -> Costs:
 
 
 def _measured(workload: Workload, repeats: int, seconds: float) -> Costs:
-    torch.set_num_threads(1)
     keep_freed_memory()
     given = workload.settings
     assert given.model is not None
-    torch.manual_seed(SEED)
-    data = random_data(given.model, 2 * workload.batch, 64)
-    model = build(given.model, data, width=given.width, depth=given.depth)
-    inputs = data.train.batch(torch.arange(workload.batch))[0]
-    make = optimizer_named(*workload.optimizer)
-    layers = measure_layers(layers_of(model), inputs, repeats=repeats, optimizer=make)
-    return Costs(tuple(layers), measure_contention(model, inputs, seconds))
+    sizes: dict[str, Any] = {"width": given.width, "depth": given.depth, "batch_size": workload.batch}
+    layers = costs_of(given.model, **sizes, repeats=repeats, optimizer=optimizer_named(*workload.optimizer))
+    return Costs(tuple(layers), contention_of(given.model, **sizes, seconds=seconds))
 
 
 def middle(found: Sequence[Costs]) -> Costs:

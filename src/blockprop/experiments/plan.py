@@ -1,6 +1,7 @@
 """The planner for a model of the zoo: what its layers cost, and a table of what every method would reach."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,7 @@ from blockprop.planning.contention import measure_contention
 from blockprop.planning.costs import Layer, measure_layers
 from blockprop.planning.plan import Prediction, Setting
 from blockprop.split import layers_of
+from blockprop.wstep import OptimizerFactory
 
 __all__ = ["TITLES", "contention_of", "costs_of", "record", "table"]
 
@@ -43,6 +45,16 @@ def _model(name: str, batch_size: int, context: int, width: int | None, depth: i
         return build(name, data, width=width, depth=depth), inputs
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def costs_of(
     name: str,
     *,
@@ -51,6 +63,7 @@ def costs_of(
     batch_size: int = 128,
     context: int = 64,
     repeats: int = 5,
+    optimizer: OptimizerFactory | None = None,
 ) -> list[Layer]:
     """Measure the layers of a model of the zoo on one thread, without ever holding the whole model in memory.
 
@@ -61,30 +74,29 @@ def costs_of(
         batch_size: examples of a batch, default 128.
         context: tokens of an example of "gpt", default 64.
         repeats: measurements of each layer and size, default 5.
+        optimizer: makes one for a layer's weights; default plain SGD.
 
     Raises:
         ValueError: an unknown model, or a setting out of its range.
     """
     model, inputs = _model(name, batch_size, context, width, depth, "meta")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return measure_layers(layers_of(model), inputs, repeats=repeats)
-    finally:
-        torch.set_num_threads(threads)
+    with _one_thread():
+        return measure_layers(layers_of(model), inputs, repeats=repeats, optimizer=optimizer)
 
 
 def contention_of(
-    name: str, *, width: int | None = None, depth: int | None = None, batch_size: int = 128, context: int = 64
+    name: str,
+    *,
+    width: int | None = None,
+    depth: int | None = None,
+    batch_size: int = 128,
+    context: int = 64,
+    seconds: float = 12.0,
 ) -> float:
     """What two processes lose to each other on this machine when both train the model; for models that fit into it."""
     model, inputs = _model(name, batch_size, context, width, depth, "cpu")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return measure_contention(model, inputs)
-    finally:
-        torch.set_num_threads(threads)
+    with _one_thread():
+        return measure_contention(model, inputs, seconds)
 
 
 def table(predictions: Sequence[Prediction], layers: Sequence[Layer], title: str) -> Table:

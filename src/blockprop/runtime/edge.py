@@ -35,7 +35,8 @@ EDGE_THREADS = ("send ", "receive ")
 ROOM = 4096
 """Bytes of the first calls to receive."""
 
-_WORD = 12  # bytes: four that are zero, and of no message, and the length; 0 is the goodbye
+_WORD = 12  # bytes of a number below 2^64: no message begins with four that are zero
+_CALLS = 4  # always waiting
 _COARSE = ("output", "feedback")
 _TRAINING = (*_COARSE, "points", "slopes")
 _FROM_BELOW = ("output", "points", "evaluate", "mark from below")
@@ -262,21 +263,22 @@ class Edge:
 
 
 def _word(room: int) -> Tensor:
-    return torch.tensor([0, *divmod(room, 2**31)], dtype=torch.int32).view(torch.uint8)
+    """What says how long all is from then on; 0 is the goodbye."""
+    return torch.frombuffer(bytearray(room.to_bytes(_WORD, "big")), dtype=torch.uint8)
 
 
 def _worded(body: Tensor) -> int | None:
     """The length in a word; None if it is a message."""
-    zero, high, low = body[:_WORD].view(torch.int32).tolist()
-    return None if zero else high * 2**31 + low
+    number = int.from_bytes(bytes(body[:_WORD].tolist()), "big")
+    return number if number < 2**64 else None
 
 
 class _Ahead:
     """Calls to receive as many bytes, or less, of which some are always waiting."""
 
-    def __init__(self, group: Any, peer: int, tag: int, room: int, count: int = 4) -> None:
+    def __init__(self, group: Any, peer: int, tag: int, room: int) -> None:
         self._group, self._peer, self._tag, self._room = group, peer, tag, room
-        self._waiting = deque(self._call() for _ in range(count))
+        self._waiting = deque(self._call() for _ in range(_CALLS))
 
     def _call(self) -> tuple[Tensor, Any]:
         tensor = torch.empty(self._room, dtype=torch.uint8)
