@@ -1,6 +1,8 @@
 """Appendix A for a model of the zoo: what a step costs, counted and timed, in every form."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +17,7 @@ from blockprop.models import NAMES, build
 from blockprop.split import split
 from blockprop.stepcost import Costs, StepCost, step_costs
 
-__all__ = ["cost", "random_data", "record", "table"]
+__all__ = ["cost", "one_thread", "random_data", "record", "table"]
 
 
 def _check(**counts: int) -> None:
@@ -77,14 +79,21 @@ def cost(
     torch.manual_seed(0)
     made = split(build(model, data, width=width, depth=depth, dropout=dropout, norm=norm), blocks, sample=data.sample)
     inputs, targets = data.train.batch(torch.arange(batch_size))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         flops, seconds = (
             step_costs(made, nn.CrossEntropyLoss(), inputs, targets, h_steps=h_steps, repeats=rounds)
             for rounds in (0, repeats)
         )
-        return made, flops, seconds
+    return made, flops, seconds
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, and afterwards on as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 

@@ -1,7 +1,6 @@
 """The planner for a model of the zoo: what its layers cost, and a table of what every method would reach."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from blockprop.experiments.cost import random_data
+from blockprop.experiments.cost import one_thread, random_data
 from blockprop.models import NAMES, build
 from blockprop.planning.cluster import Cluster
 from blockprop.planning.contention import measure_contention
@@ -45,16 +44,6 @@ def _model(name: str, batch_size: int, context: int, width: int | None, depth: i
         return build(name, data, width=width, depth=depth), inputs
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def costs_of(
     name: str,
     *,
@@ -80,7 +69,7 @@ def costs_of(
         ValueError: an unknown model, or a setting out of its range.
     """
     model, inputs = _model(name, batch_size, context, width, depth, "meta")
-    with _one_thread():
+    with one_thread():
         return measure_layers(layers_of(model), inputs, repeats=repeats, optimizer=optimizer)
 
 
@@ -95,7 +84,7 @@ def contention_of(
 ) -> float:
     """What two processes lose to each other on this machine when both train the model; for models that fit into it."""
     model, inputs = _model(name, batch_size, context, width, depth, "cpu")
-    with _one_thread():
+    with one_thread():
         return measure_contention(model, inputs, seconds)
 
 
