@@ -57,12 +57,10 @@ class Own:
 
 _LATE = {"schedule": "pipelined"}
 _STASHED = {**_LATE, "feedback": "stashed"}
-# at two blocks κ along and across the slope and one κ learn alike; the curves are of the former
-_TARGET = {**_LATE, "directions": "both"}
 OWN = (
-    Own("BlockProp, lock-step", {**_TARGET, "microbatches": 1}, "lock-step"),
+    Own("BlockProp, lock-step", {**_LATE, "microbatches": 1}, "lock-step"),
     # as many as the command line takes; its lower block goes forward twice with every other microbatch
-    Own("BlockProp, lock-step, 2 microbatches", {**_TARGET, "microbatches": 2}, "lock-step", recomputes=False),
+    Own("BlockProp, lock-step, 2 microbatches", {**_LATE, "microbatches": 2}, "lock-step", recomputes=False),
     Own("BlockProp, lock-step, stashed", {**_STASHED, "microbatches": 1}, "lock-step", recomputes=False, quick=False),
     *(
         Own(
@@ -74,10 +72,8 @@ OWN = (
         )
         for parts in (2, 4, 8)
     ),
-    Own("BlockProp, free-running", _TARGET, "free-running"),
-    Own(
-        "BlockProp, free-running, int8", {**_TARGET, "messages": "int8"}, "free-running", quick=False, only_linked=True
-    ),
+    Own("BlockProp, free-running", _LATE, "free-running"),
+    Own("BlockProp, free-running, int8", {**_LATE, "messages": "int8"}, "free-running", quick=False, only_linked=True),
     Own("BlockProp, cached, E = 2", {"schedule": "cached", "refresh": 2}, "free-running", recomputes=False),
     Own("BlockProp, cached, E = 4", {"schedule": "cached", "refresh": 4}, "free-running", recomputes=False),
 )
