@@ -15,6 +15,7 @@ import torch
 import blockprop
 from benchmarks.measure import Spread, table
 from benchmarks.pipelines import traffic
+from benchmarks.pipelines.glance import glance
 from benchmarks.pipelines.link import SPEEDS
 from blockprop.checkpoint import write_atomically
 
@@ -143,6 +144,7 @@ def page(results: Mapping[str, Any], titles: Mapping[str, str], command: str) ->
         f"    {command}\n\n{made_on()}",
         "![Speed and time to quality](pipelines.png)",
         ABOUT.strip(),
+        *glance(results, titles),
     ]
     for name, title in titles.items():
         for speed in SPEEDS:

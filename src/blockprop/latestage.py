@@ -189,6 +189,7 @@ class LateStage:
         evaluation, loss = self.flights.pop(number).evaluation, self.stage.above
         assert isinstance(loss, OutputLoss)
         self._fresh = True
+        self._share += 1.0 if total is None else loss.counted(labels) / total
         target = LossTerm(loss, labels.to(self.stage.device), total)
         self._latest = evaluation, target
         if quiet:

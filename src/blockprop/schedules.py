@@ -46,6 +46,16 @@ def _check(blocks: int) -> None:
         raise ValueError(f"blocks is {blocks}; expected a whole number of at least 1")
 
 
+def check_microbatches(microbatches: int) -> None:
+    """Refuse a number of microbatches that is none.
+
+    Raises:
+        ValueError: no whole number of at least 1.
+    """
+    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+        raise ValueError(f"microbatches is {microbatches}; expected a whole number of at least 1")
+
+
 def sequential(blocks: int) -> Iterator[Tick]:
     """Algorithm 1: a batch up, its feedback down, all updates at once; then the next batch.
 
@@ -232,8 +242,7 @@ def pipelined(
     backward 0 by 1, update 0 by 1, forward 2 by 1, forward 1 by 2, backward 1 by 2, update 1 by 2
     """
     _check(blocks)
-    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
-        raise ValueError(f"microbatches is {microbatches}; expected a whole number of at least 1")
+    check_microbatches(microbatches)
     draw_from = random.Random(latency.seed)
     # per block: what comes from below, what from above, and what it sends down
     outputs, feedback = ([_Inbox() for _ in range(blocks + 1)] for _ in range(2))

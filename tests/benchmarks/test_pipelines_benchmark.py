@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.pipelines import bench, costs, link, methods, peers, quality, report, traffic, training
+from benchmarks.pipelines.glance import KINDS, glance
 from benchmarks.pipelines.memory import InFlight, kept
 from benchmarks.pipelines.processes import LOOPBACK, Crew, FailedError, run
 from benchmarks.pipelines.workloads import boundary, saved, workloads
@@ -226,6 +227,42 @@ def test_a_page_with_a_measured_a_failed_and_a_skipped_part(tmp_path):
     assert "**more than DDP**" in page
     assert "Measured with a Z80" in page
     assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["ratio"] == 1.0
+
+
+def test_a_glance_shows_the_soonest_of_a_kind_and_the_fastest_where_none_is_there():
+    learnt = {
+        "GPipe, 4": report.with_quality(measured("GPipe, 4", [1.5]), [1.0], "="),
+        "ZBV, 2": report.with_quality(measured("ZBV, 2", [2.0]), [1.0], "="),
+        "1F1B, 8 x 128": report.with_quality(measured("1F1B, 8 x 128", [3.0]), [math.inf]),
+        "BlockProp, lock-step, stashed, 2 microbatches": measured(
+            "BlockProp, lock-step, stashed, 2 microbatches", [1.2]
+        ),
+        "BlockProp, lock-step, stashed, 8 microbatches": measured(
+            "BlockProp, lock-step, stashed, 8 microbatches", [0.9]
+        ),
+        "DDP": report.row("mlp3", "loopback", "DDP", {"rates": [], "ratios": [], "failed": "x"}),
+    }
+    results = {"groups": {"mlp3/loopback": {"rows": learnt}, "mlp3/slow": {"skipped": "needs root"}}}
+    heading, _, link_title, shown = glance(results, {"mlp3": "An MLP", "gpt": "A GPT"})
+    assert (heading, link_title) == ("## At a glance", "### loopback")
+    assert [line.split(" | ") for line in shown.splitlines()] == [
+        ["| ", "An MLP |"],
+        ["| ---", "--- |"],
+        ["| torch's best schedule", "0.50 (2.00); ZBV, 2 |"],
+        ["| 1F1B, several batches at a time", "never (3.00) |"],
+        ["| lock-step, stashed, more microbatches", "(1.20); 2 |"],
+    ]
+    assert glance({"groups": {}}, {"mlp3": "An MLP"}) == []
+
+
+def test_every_method_that_learns_is_in_the_glance():
+    for linked in (False, True):
+        for workload in workloads(None):
+            facts = FACTS | {"boundaries": dict.fromkeys({workload.cut, *workload.four}, 8)}
+            peers_of = methods.all_peers(workload, facts, linked=linked, quick=False)
+            learning = [one.name for one in peers_of if one.learning != "none" and one.name != methods.BASE]
+            learning += [one.name for one in methods.own(workload, linked=linked, quick=False)]
+            assert [name for name in learning if not any(belongs(name) for _, belongs in KINDS)] == []
 
 
 # processes

@@ -546,7 +546,10 @@ def test_a_store_for_others_is_opened_by_a_flag_alone(monkeypatch):
     [
         (["train", *TWO, *PROCESSES, "--recompute"], "--recompute is of"),
         (["train", *SMALL, "--policy", "free-running"], "--policy is of --executor processes"),
-        (["train", *TWO, *PROCESSES, "--policy", "free-running"], "--microbatches is of --policy lock-step"),
+        (
+            ["train", *SMALL, *PROCESSES, "--policy", "free-running", "--repeats", "2", "--microbatches", "3"],
+            "--repeats are",
+        ),
         (["train", *TWO, *PROCESSES, "--in-flight", "3"], "--in-flight is of --policy free-running"),
         (["train", *TWO, *PROCESSES, "--newest"], "--newest is of --policy free-running"),
         (["train", *SMALL, *PROCESSES, "--policy", "free-running", "--replicas", "2"], "--replicas average"),

@@ -131,6 +131,8 @@ def test_what_was_chosen_is_recorded(tmp_path):
         ({"blocks": 4, "latency": 3}, 15),
         ({"blocks": 4, "microbatches": 3}, 3),
         ({"split_at": ("layer2", "layer3"), "depth": 3}, 4),
+        ({"blocks": 4, "executor": "processes", "policy": "free-running"}, 6),
+        ({"blocks": 4, "executor": "processes", "policy": "free-running", "repeats": 2}, 1),
     ],
 )
 def test_a_batch_has_as_many_microbatches_as_there_are_ticks_until_feedback(more, microbatches):

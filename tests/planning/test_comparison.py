@@ -47,6 +47,7 @@ def test_errors_are_of_multiples_of_one_thread():
         "BlockProp, cached, E = 4",
         "GPipe, 8",
         "BlockProp, lock-step, stashed, 4 microbatches",
+        "BlockProp, free-running, 2 microbatches",
     ],
 )
 def test_every_measured_method_is_known(method):

@@ -87,21 +87,34 @@ def test_a_message_of_lock_step_is_part_of_the_tick_where_nothing_is_evaluated_a
 
 def test_free_running_hides_latency_that_lock_step_waits_for():
     link = Link(1e9, latency=5000)
-    assert seconds([layer()] * 7, alike(2, link), "blockprop free-running") == pytest.approx(12, rel=0.02)
+    assert seconds([layer()] * 7, alike(2, link), "blockprop free-running", in_flight=3) == pytest.approx(12, rel=0.02)
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 5])
+def test_what_may_be_on_its_way_bounds_free_running(blocks):
+    """A block of 4 s (the top of 3) hears of an output after 2 x 50 s a link; with two for each link on their way."""
+    layers, cluster = [layer()] * blocks, alike(blocks, Link(1e9, latency=50_000))
+    links = blocks - 1
+    round_trip = links * (2 * 50 + 4) + 3  # one goes up through all forward passes, and down through all backward ones
+    expected = round_trip / (2 * links)
+    found = seconds(layers, cluster, "blockprop free-running", cut=list(range(blocks)), in_flight=2)
+    assert found == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["blockprop free-running", "blockprop lock-step", "blockprop cached"])
 def test_a_slow_link_is_the_limit(method):
     """8 examples of 1 Mbit at 1 Mbit/s are 8 s a batch."""
     layers = [layer(0.1, 0.2, 0.2, output=125_000.0)] * 2
-    assert seconds(layers, alike(2, Link(1)), method) >= 7.99
+    found = seconds(layers, alike(2, Link(1)), method, in_flight=3)
+    assert found >= 7.99
     if method != "blockprop lock-step":
-        assert seconds(layers, alike(2, Link(1)), method) == pytest.approx(8, rel=0.02)
+        assert found == pytest.approx(8, rel=0.02)
 
 
-def test_half_of_two_microbatches_have_a_second_forward_pass():
+@pytest.mark.parametrize("policy", ["lock-step", "free-running"])
+def test_half_of_two_microbatches_have_a_second_forward_pass(policy):
     """At the cut (0, 1) the lower block has 3.5 s of a batch in ticks of half a batch, the upper one 3."""
-    found = seconds([layer()] * 2, alike(2), "blockprop lock-step", cut=[0, 1], parts=2)
+    found = seconds([layer()] * 2, alike(2), f"blockprop {policy}", cut=[0, 1], parts=2)
     assert found == pytest.approx(3.5 * seconds([layer()] * 2, alike(2), "blockprop stashed", parts=2) / 3, rel=0.05)
 
 

@@ -32,7 +32,9 @@ def data(count=12, n=8):
 
 
 @pytest.mark.parametrize("K", [1, 2, 4])
-@pytest.mark.parametrize("settings", [{}, {"cache": lambda: GluingCache(EXAMPLES, dtype=torch.float64)}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"microbatches": 3}, {"cache": lambda: GluingCache(EXAMPLES, dtype=torch.float64)}]
+)
 def test_every_block_learns_from_every_batch(K, settings):
     ages = {k: [] for k in range(1, K + 1)}
 
@@ -52,7 +54,7 @@ def test_every_block_learns_from_every_batch(K, settings):
         return Watched(remote, correction=copy.deepcopy(correction), **settings)
 
     assert apart(model(), K, data(), executor, after=after) == [12] * K
-    if not settings:
+    if "cache" not in settings:
         assert all(age <= 2 * (K - k) + 1 for k in ages for age in ages[k])
 
 
@@ -81,11 +83,37 @@ def test_a_visit_without_feedback_has_one_forward_pass(policy, reuse, passes):
         assert len(forwards) == passes * 12
 
 
-def test_one_batch_in_flight_is_the_exact_form():
-    """A block that waits for its feedback before the next batch is never late."""
-    expected = alone(model(), 2, data(), "local")
-    found = apart(model(), 2, data(), lambda remote: FreeRunningExecutor(remote, in_flight=1))
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 8])
+def test_one_microbatch_in_flight_is_the_exact_form(microbatches):
+    """A block that waits for its feedback before the next is never late; uneven parts, a short batch of fewer parts."""
+    batches = [*data(6), *[(x[:3], y[:3], ids[:3]) for x, y, ids in data(1)], *data(6)]
+    expected = alone(model(), 2, batches, "local")
+    found = apart(
+        model(), 2, batches, lambda remote: FreeRunningExecutor(remote, microbatches=microbatches, in_flight=1)
+    )
     torch.testing.assert_close(torch.cat(found), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_microbatch_that_no_update_came_between_is_not_late():
+    """A lone batch of three microbatches, all on their way at once: it is learnt at the weights that it was sent at."""
+    drifts = []
+
+    class Watched(FreeRunningExecutor):
+        def step(self, *args, **kwargs):
+            return self.watch(super().step(*args, **kwargs))
+
+        def drain(self, stages):
+            return self.watch(super().drain(stages))
+
+        def watch(self, report):
+            drifts.extend(link.drift for link in report.links)
+            return report
+
+    lone = data(1)
+    found = apart(model(), 2, lone, lambda remote: Watched(remote, microbatches=3, in_flight=3))
+    torch.testing.assert_close(torch.cat(found), alone(model(), 2, lone, "local"), rtol=1e-12, atol=1e-13)
+    assert drifts
+    assert set(drifts) == {0.0}
 
 
 def test_the_loss_falls():
@@ -106,7 +134,8 @@ def _like(network, values):
     return [part.view(p.shape) for part, p in zip(parts, network.parameters(), strict=True)]
 
 
-def test_a_checkpoint_holds_what_is_on_its_way():
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_checkpoint_holds_what_is_on_its_way(microbatches):
     """Saved at the same step by all, put into new executors, and run to the end: every batch was learnt once."""
     batches = data()
     states = {}
@@ -118,15 +147,18 @@ def test_a_checkpoint_holds_what_is_on_its_way():
     class Saving(FreeRunningExecutor):
         def step(self, stages, *args, **kwargs):
             report = super().step(stages, *args, **kwargs)
-            if self._fed == 6:
+            if self._fed == 6 * microbatches:
                 states[self.remote.place.block] = copy.deepcopy(self.state_dict())
             return report
 
-    apart(model(), 3, batches[:6], Saving, after=save)
-    flights = [len(states[k]["late"]["flights"]) for k in (1, 2, 3)]
+    def cut(kind):
+        return lambda remote: kind(remote, microbatches=microbatches)
+
+    apart(model(), 3, batches[:6], cut(Saving), after=save)
+    flights = [[number for number, _ in states[k]["late"]["flights"]] for k in (1, 2, 3)]
     waiting = [len(states[k]["messages"]) for k in (1, 2, 3)]
-    assert flights[2] == 0
-    assert flights[0] >= waiting[0]
+    assert flights[2] == []
+    assert len(flights[0]) >= waiting[0]
 
     class Resumed(FreeRunningExecutor):
         def step(self, stages, *args, **kwargs):
@@ -134,8 +166,9 @@ def test_a_checkpoint_holds_what_is_on_its_way():
                 self.load_state_dict(states[self.remote.place.block], stages)
             return super().step(stages, *args, **kwargs)
 
-    found = apart(model(), 3, batches[6:], Resumed, after=save)
-    assert [calls for _, calls in found] == [6 + flight for flight in flights]
+    found = apart(model(), 3, batches[6:], cut(Resumed), after=save)
+    unfinished = [len({number // microbatches for number in numbers}) for numbers in flights]
+    assert [calls for _, calls in found] == [6 + batches for batches in unfinished]
 
 
 @pytest.mark.parametrize("in_flight", [0, -1, 1.5, True])
@@ -198,16 +231,50 @@ def test_where_nothing_waits_the_newest_is_the_oldest():
     torch.testing.assert_close(torch.cat(found), expected, rtol=1e-12, atol=1e-13)
 
 
-def test_a_batch_that_is_passed_over_leaves_the_weights():
-    """The only feedback of a lone batch is empty: block 1 stays where it was, and the second batch is learnt from."""
+class Blind(FreeRunningExecutor):
+    """Its last block does not see the first message before there is another."""
 
-    class Blind(FreeRunningExecutor):
+    def step(self, *args, **kwargs):
+        if self.remote.last and self._fed == 0:
+            while not self.remote.post.newer("output", 0):
+                time.sleep(0.001)
+        return super().step(*args, **kwargs)
+
+
+def test_of_a_batch_half_of_which_is_passed_over_the_mean_is_over_the_other():
+    (x, y, ids), *_ = data(1)
+    expected = alone(model(), 2, [(x[4:], y[4:], ids[4:])], "local")
+    found = apart(model(), 2, data(1), lambda remote: Blind(remote, microbatches=2, newest=True))
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_where_a_middle_block_passes_over_there_is_an_update_a_batch():
+    """Its feedback on the first half is still to come when it passes over the second."""
+
+    class Sleepy(FreeRunningExecutor):
         def step(self, *args, **kwargs):
-            if self.remote.last and self._fed == 0:
-                while not self.remote.post.newer("output", 0):
-                    time.sleep(0.001)
+            if self.remote.place.block == 2:
+                time.sleep(0.01)
             return super().step(*args, **kwargs)
 
+    def after(algo, neighbours):
+        assert not algo.executor._intake
+        return algo.wsteps[neighbours.place.block - 1].calls
+
+    def executor(remote):
+        return Sleepy(remote, microbatches=2, in_flight=8, newest=True)
+
+    assert apart(model(), 3, data(24), executor, after=after) == [24] * 3
+
+
+@pytest.mark.parametrize("more", [{"repeats": 1}, {"cache": lambda: GluingCache(EXAMPLES)}])
+def test_microbatches_exclude_what_is_of_whole_batches(more):
+    with pytest.raises(ValueError, match="microbatches is 2; expected 1 with"):
+        FreeRunningExecutor(None, microbatches=2, **more)
+
+
+def test_a_batch_that_is_passed_over_leaves_the_weights():
+    """The only feedback of a lone batch is empty: block 1 stays where it was, and the second batch is learnt from."""
     second = data(2)[1:]
     expected = alone(model(), 2, second, "local")
     found = apart(model(), 2, data(2), lambda remote: Blind(remote, newest=True))

@@ -76,7 +76,7 @@ def plan_command(
     microbatches: Annotated[int, Parameter(help="Of GPipe, 1F1B and zero bubble.")] = 4,
     parts: Annotated[int, Parameter(help="Microbatches of BlockProp.")] = 1,
     refresh: Annotated[int, Parameter(help="E, BlockProp, cached: feedback in every E-th epoch.")] = 2,
-    in_flight: Annotated[int, Parameter(help="Free-running: batches on their way for each block above.")] = 2,
+    in_flight: Annotated[int, Parameter(help="Free-running: microbatches on their way for each block above.")] = 2,
     repeats: Annotated[int, Parameter(help="Rounds of timing.")] = 5,
     json: Annotated[bool, Parameter(help="Print JSON instead of the table.", negative=())] = False,
     plot: Annotated[

@@ -78,6 +78,11 @@ class Intake:
         """Whether a tick begins with a batch that has not come yet."""
         return any(kind == "forward" and k == 1 and number >= self._fed for k, kind, number in tick)
 
+    @property
+    def fed(self) -> int:
+        """The number of the next microbatch to be taken in."""
+        return self._fed
+
     def feed(
         self, inputs: Tensor | None, labels: Tensor | None, ids: Tensor | None, counted: Counted | None = None
     ) -> int:
@@ -136,6 +141,11 @@ class Intake:
     def end(self, number: int) -> None:
         """Forget a microbatch."""
         self._parts.pop(number, None)
+
+    def over(self, number: int) -> bool:
+        """Whether no examples are on their way of the batch that a microbatch is of."""
+        batch = number // self.microbatches
+        return all(self.empty(n) for n in range(batch * self.microbatches, (batch + 1) * self.microbatches))
 
     # -- checkpoints
 

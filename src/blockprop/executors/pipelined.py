@@ -24,7 +24,17 @@ from blockprop.executors.turns import Turns
 from blockprop.held import Held
 from blockprop.latestage import LateStage
 from blockprop.losses import OutputLoss
-from blockprop.schedules import Action, Latency, Tick, delay, delays, parallel, pipelined, sequential
+from blockprop.schedules import (
+    Action,
+    Latency,
+    Tick,
+    check_microbatches,
+    delay,
+    delays,
+    parallel,
+    pipelined,
+    sequential,
+)
 from blockprop.stage import Stage
 
 __all__ = ["PipelinedExecutor", "check_cached", "check_form"]
@@ -65,8 +75,7 @@ class PipelinedExecutor:
     ) -> None:
         if correction is not None and corrections:
             raise ValueError(f"correction and {min(corrections)} are both given; expected one of the two")
-        if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
-            raise ValueError(f"microbatches is {microbatches}; expected a whole number of at least 1")
+        check_microbatches(microbatches)
         if microbatches > 1 and schedule is sequential:
             raise ValueError(
                 f"microbatches is {microbatches}, and the schedule updates after each; expected 1 with it, or "

@@ -38,7 +38,7 @@ _PIPELINE_ONLY = (
     "delay_annealing",
 )
 _PROCESSES_ONLY = ("policy", "in_flight", "repeats", "newest", "messages", "replicas")
-_LOCK_STEP_ONLY = ("microbatches", "latency", "latency_chances", "lost", "copies")
+_LOCK_STEP_ONLY = ("latency", "latency_chances", "lost", "copies")
 
 
 def without_effect(settings: "Settings") -> dict[str, str]:  # noqa: PLR0912 - a table in words
@@ -192,6 +192,8 @@ def _check_processes(settings: "Settings") -> None:
             "--replicas share a batch anew in every epoch, so that a cache would not find its examples; expected "
             "--replicas 1 with --schedule cached"
         )
+    if settings.repeats and settings.parts not in (None, 1):
+        raise ValueError("--repeats are of whole batches; expected --microbatches 1 with them")
     if settings.policy == "free-running" and settings.replicas > 1:
         raise ValueError(
             "--replicas average their gradients at every update, which free-running ones do at different times; "

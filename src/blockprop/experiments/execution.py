@@ -52,6 +52,7 @@ def _in_processes(settings: Settings, examples: int, remote: Neighbours) -> Exec
     if settings.policy == "lock-step":
         return _pipeline(settings, remote=remote, **cached)
     bounds: dict[str, Any] = {
+        "microbatches": _microbatches(settings),
         "in_flight": settings.in_flight,
         "repeats": settings.repeats,
         "newest": settings.newest,
@@ -61,10 +62,13 @@ def _in_processes(settings: Settings, examples: int, remote: Neighbours) -> Exec
 
 def _pipeline(settings: Settings, **more: Any) -> PipelinedExecutor:
     latency = settings.messages_late
-    parts = settings.parts
     return PipelinedExecutor(
-        microbatches=1 if parts is None else parts, latency=latency, correction=_correction(settings), **more
+        microbatches=_microbatches(settings), latency=latency, correction=_correction(settings), **more
     )
+
+
+def _microbatches(settings: Settings) -> int:
+    return 1 if settings.parts is None else settings.parts
 
 
 def _curvature(settings: Settings) -> Curvature:

@@ -248,7 +248,8 @@ class Settings:
         ),
     ] = "lock-step"
     in_flight: Annotated[
-        int, _option(_PROCESSES, "Batches that a free-running block may have on their way for each block above it.")
+        int,
+        _option(_PROCESSES, "Microbatches that a free-running block may have on their way for each block above it."),
     ] = 2
     repeats: Annotated[
         int,
@@ -444,8 +445,10 @@ class Settings:
     @property
     def parts(self) -> int | None:
         """M, microbatches of a batch, chosen if need be; None where there are none."""
-        if self.who_does_what != "pipelined" or self.microbatches is not None or self.policy == "free-running":
+        if self.who_does_what != "pipelined" or self.microbatches is not None:
             return self.microbatches
+        if self.repeats:  # of whole batches
+            return 1
         ticks = math.ceil(2 * (self.K - 1) * (1 + self.messages_late.mean))
         least = 1 if self.text else 8 if self.batchnorm else 4  # a window of text is as many predictions as characters
         replicas = self.replicas if self.executor == "processes" else 1

@@ -70,7 +70,7 @@ class Case:
 
         Known are "one thread", "two independent copies", "two halves apart, 3 passes below" (or 4), "DDP",
         "GPipe, M", "1F1B, M", "ZBV, M", "1F1B, 8 x 128" for 8 batches at a time, "BlockProp, lock-step",
-        "BlockProp, lock-step, stashed", both with ", 4 microbatches", "BlockProp, free-running" and
+        "BlockProp, lock-step, stashed", "BlockProp, free-running", all three with ", 4 microbatches", and
         "BlockProp, cached, E = 2".
         """
         if method == "two independent copies":
@@ -96,12 +96,10 @@ class Case:
             return _METHODS[found[1]], cut, {"batch_size": batch, "microbatches": count}
         if found := re.fullmatch(r"BlockProp, cached, E = (\d+)", method):
             return "blockprop cached", (self.cut,), {"refresh": int(found[1])}
-        if found := re.fullmatch(r"BlockProp, lock-step(, stashed)?(?:, (\d+) microbatches)?", method):
-            kind = "stashed" if found[1] else "lock-step"
-            at = self.cut if found[1] or found[2] else self.recomputing_cut
-            return f"blockprop {kind}", (at,), {"parts": int(found[2] or 1)}
-        if method == "BlockProp, free-running":
-            return "blockprop free-running", (self.recomputing_cut,), {}
+        if found := re.fullmatch(r"BlockProp, (lock-step|free-running)(, stashed)?(?:, (\d+) microbatches)?", method):
+            kind = "stashed" if found[2] else found[1]
+            at = self.cut if found[2] or found[3] else self.recomputing_cut
+            return f"blockprop {kind}", (at,), {"parts": int(found[3] or 1)}
         whole = {BASE: "one device", "DDP": "ddp"}
         return (whole[method], (), {}) if method in whole else None
 

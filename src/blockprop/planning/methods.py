@@ -5,7 +5,7 @@ orders; where a device decides by what has come, they are classes of their own.
 """
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -294,7 +294,7 @@ class _Free:
         parts: batches are cut into so many; one update for all.
         ahead: outputs that may have gone up and are without feedback yet; without feedback, and not yet taken up.
         feedback: False for blocks that learn at their forward pass, from what they have in their caches.
-        again: whether a block evaluates a batch again when its feedback has come.
+        again: whether a block evaluates a microbatch again when its feedback has come, if it has updated since.
     """
 
     def __init__(
@@ -305,9 +305,14 @@ class _Free:
         self._sent_below = blocks[k - 1].sent if k else 0.0
         self._with_feedback = feedback
         self._again = again
-        # as when the pipeline has filled up: one message waits on either side
-        self._have: dict[Hashable, int] = {"up": 1, "down": 1, "room": ahead - feedback}
-        self._learnt = 0
+        # as when the pipeline has filled up: an output waits at every device, and if there may be two of each
+        # device's own on their way, a piece of feedback as well
+        above = len(blocks) - 1 - k
+        down = int(feedback and ahead > above)
+        away = above * (1 + down) if feedback else 1
+        self._have: dict[Hashable, int] = {"up": 1, "down": down, "room": ahead - away}
+        self._learnt = self._updates = 0
+        self._sent_at = deque([-1] * away)  # for what is on its way: how many updates there were
         self._then: Task | None = None
 
     def receive(self, tag: Hashable) -> None:
@@ -323,7 +328,8 @@ class _Free:
         if self._with_feedback and not self._top and have["down"]:
             have["down"] -= 1
             have["room"] += 1
-            return self._learn(self._again * block.forward + block.backward, ())
+            moved = self._sent_at.popleft() < self._updates
+            return self._learn(self._again * moved * block.forward + block.backward, ())
         if (self._k and not have["up"]) or not (self._top or have["room"]):
             return None
         taken: tuple[Message, ...] = ()
@@ -333,7 +339,9 @@ class _Free:
         if self._top:
             return self._learn(block.forward + block.backward - self._spared, taken)
         have["room"] -= 1
-        if not self._with_feedback:
+        if self._with_feedback:
+            self._sent_at.append(self._updates)
+        else:
             self._then = self._learn(block.backward - self._spared, ())
         stashed = block.copied if self._with_feedback and not self._again else 0.0
         return Task(stashed + block.forward, (*taken, Message(self._k + 1, "up", block.sent)))
@@ -350,6 +358,7 @@ class _Free:
         last = self._learnt % self._parts == self._parts - 1
         seconds += self._block.update * last + self._block.taken * (self._parts > 1)
         self._learnt += 1
+        self._updates += last
         if self._k and self._with_feedback:
             sends = (*sends, Message(self._k - 1, "down", self._sent_below))
         return Task(seconds, sends, last)

@@ -29,7 +29,8 @@ class Setting:
         microbatches: M of GPipe, 1F1B and zero bubble; default 4.
         parts: M of BlockProp's pipelines; default 1.
         refresh: E, of the cached method every E-th epoch has feedback; default 2.
-        in_flight: free-running, cached: batches that a block may have on their way for each block above it; default 2.
+        in_flight: free-running, cached: microbatches that a block may have on their way for each block above it;
+            default 2.
 
     Raises:
         ValueError: a number below 1, or more parts than examples.
@@ -269,7 +270,9 @@ def _batches(cluster: Cluster, setting: Setting) -> int:
 
 def _free_running(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, given: Cut) -> Prediction:
     examples = setting.batch_size / setting.parts
-    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=1.0)
+    # of the first block's microbatches, which has most on their way, so many are late
+    share = min(1.0, max(0, setting.in_flight * (len(cluster) - 1) - 1) / setting.parts)
+    cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=share)
     programs = methods.free_running(_blocks(layers, cut, examples), setting.parts, setting.in_flight)
     return _simulated(name, programs, cluster, setting, cut, _batches(cluster, setting))
 

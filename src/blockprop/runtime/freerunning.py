@@ -1,10 +1,11 @@
 """No schedule: a block learns from feedback as soon as it is there, and forwards the next batch whenever it may.
 
-Nobody waits for a tick. What bounds the age of feedback is how many batches a block may have on their way: at that
-number it forwards no more until feedback comes, and so the blocks keep pace with the slowest of them.
+Nobody waits for a tick. What bounds the age of feedback is how many microbatches a block may have on their way: at that
+number it forwards no more until feedback comes, and so the blocks keep pace with the slowest of them. A block updates
+when it has done with the last microbatch of a batch.
 
 Of several messages that wait, a block takes the oldest first, and learns from all. Or the newest wins: it takes that
-one alone, and passes the older batches over. An empty message goes down for each of them, so that the blocks below
+one alone, and passes the older microbatches over. An empty message goes down for each of them, so that the blocks below
 forget it as well, and one goes up in the place of its output.
 """
 
@@ -13,18 +14,20 @@ from typing import Any
 
 from torch import Tensor
 
-from blockprop.cache import GluingCache, Visits
+from blockprop.cache import GluingCache
 from blockprop.correction import Correction
 from blockprop.executors.executor import StepReport, check_finite
+from blockprop.executors.intake import Intake
 from blockprop.executors.pipelined import check_cached, check_form
 from blockprop.executors.tally import Tally
 from blockprop.held import Held
 from blockprop.latestage import LateStage
+from blockprop.losses import OutputLoss
 from blockprop.probe import Points
 from blockprop.runtime.mail import feedback_message, gluing_of, output_message, output_of
 from blockprop.runtime.message import Message
 from blockprop.runtime.neighbours import Neighbours
-from blockprop.schedules import delay
+from blockprop.schedules import check_microbatches, delay
 from blockprop.stage import Stage
 
 __all__ = ["FreeRunningExecutor"]
@@ -35,8 +38,10 @@ class FreeRunningExecutor:
 
     Args:
         remote: the neighbours.
-        in_flight: batches that a block may have on their way for each block above it, at least 1; default 2, the
-            number that a lock-step pipeline has.
+        microbatches: M, into how many parts a batch is cut; default 1. More than one not with a cache, nor with
+            repeats.
+        in_flight: microbatches that a block may have on their way for each block above it, at least 1; default 2,
+            the number that a lock-step pipeline has.
         repeats: W-steps that a block may take again on its latest batch while it would wait, at least 0; default 0.
         newest: of several outputs or pieces of feedback that wait, learn from the newest alone; default False. Not
             with a cache.
@@ -45,7 +50,7 @@ class FreeRunningExecutor:
         refresh: as there.
 
     Attributes:
-        passed: batches that were passed over so far, by this block or because another did.
+        passed: microbatches that were passed over so far, by this block or because another did.
 
     Raises:
         ValueError: a setting out of its range, or two that exclude each other.
@@ -55,6 +60,7 @@ class FreeRunningExecutor:
         self,
         remote: Neighbours,
         *,
+        microbatches: int = 1,
         in_flight: int = 2,
         repeats: int = 0,
         newest: bool = False,
@@ -62,12 +68,16 @@ class FreeRunningExecutor:
         cache: Callable[[], GluingCache] | None = None,
         refresh: int = 2,
     ) -> None:
+        check_microbatches(microbatches)
         if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 1:
-            raise ValueError(f"in-flight is {in_flight}; expected a whole number of batches, at least 1")
+            raise ValueError(f"in-flight is {in_flight}; expected a whole number of microbatches, at least 1")
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
             raise ValueError(f"repeats is {repeats}; expected a whole number of W-steps, at least 0")
         if newest and cache is not None:
             raise ValueError("the newest is to win, and a cache keeps the feedback of all; expected one of the two")
+        if microbatches > 1 and (repeats or cache is not None):
+            beside = "a cache" if cache is not None else "repeats"
+            raise ValueError(f"microbatches is {microbatches}; expected 1 with {beside}, which is of whole batches")
         self.remote = remote
         self.in_flight = in_flight
         remote.expect(in_flight * remote.blocks)  # the first block has no more on their way
@@ -77,12 +87,11 @@ class FreeRunningExecutor:
         self.correction = correction or Correction(along=cache is not None)
         check_cached(self.correction, cache)
         self.cache = cache
-        self._known = None if cache is None else cache()  # holds no entries: what examples there are
-        self._visits = None if self._known is None else Visits(self._known.examples, refresh)
+        known = None if cache is None else cache()  # holds no entries: what examples there are
+        self._intake = Intake(microbatches, known, refresh)
         self._late: LateStage | None = None
-        self._fed = 0
-        self._ids: dict[int, Tensor | None] = {}
-        self._labels: dict[int, Tensor] = {}  # of the latest batches, for points from below
+        self._fed = 0  # microbatches that came to their turn here
+        self._labels: dict[int, Tensor] = {}  # of the latest microbatches, for points from below
         self._due = False  # whether it is this block's turn to have the curvature above it measured
         self._points: dict[int, Points] = {}  # by the block that asks: where slopes are waited for
 
@@ -111,59 +120,78 @@ class FreeRunningExecutor:
         """
         if not update:
             raise ValueError("in a pipeline the blocks learn from different batches; expected the executor 'local'")
-        late = self._furnish(stages)
-        waited = self.remote.post.waited
-        known = next(value for value in (inputs, targets, ids) if value is not None)
-        number, quiet = self._fed, False
-        self._due = self._due or late.wants(self._fed)
-        if self._known is not None and self._visits is not None:
-            ids = self._known.check(ids, len(known))
-            quiet = not self._visits.due(ids)
-        self._fed += 1
-        self._ids[number] = ids
+        late, waited = self._furnish(stages), self.remote.post.waited
         tally = Tally(int(not late.top))
+        loss = stages[-1].above
+        assert isinstance(loss, OutputLoss)
+        examples = self._intake.feed(inputs, targets, ids, loss.counted)
+        while (number := self._fed) < self._intake.fed:
+            if self._intake.empty(number):
+                self._intake.end(number)
+                self._fed += 1
+            else:
+                self._forward(late, number, loss, tally)
+        return tally.report(examples, self.remote.post.waited - waited)
+
+    def _forward(self, late: LateStage, number: int, loss: OutputLoss, tally: Tally) -> None:
+        """A microbatch's turn: wait until it may go up, learn from what has come meanwhile, and evaluate it."""
+        post, below, above = self.remote.post, self.remote.below, self.remote.above
+        self._due = self._due or late.wants(number)
+        self._fed += 1
         limit = self.in_flight * (late.blocks - late.stage.index)
         while not late.top and len(late.flights) >= limit:
             self._wait(late, tally, "feedback")
         self._attend(late, tally)
-        if self.remote.below is not None:
-            while (message := self.remote.post.oldest("output")) is None:
+        part, quiet = self._intake[number], self._intake.quiet(number)
+        if below is not None:
+            while (message := post.oldest("output")) is None:
                 self._wait(late, tally, "output")
             assert message.number == number, "outputs come in order"
-            if not message.values or (self.newest and self.remote.post.newer("output", number)):
+            if not message.values or (self.newest and post.newer("output", number)):
                 self._pass_over(late, number, known_below=not message.values)
-                if self.remote.above is not None:
-                    self.remote.above.send(Message("output", number))
-                return tally.report(len(known), self.remote.post.waited - waited)
-            inputs = output_of(message, late.stage.index, ids)
-        assert inputs is not None
-        output = late.forward(number, inputs, self._fed, quiet=quiet)
-        if late.top:
-            assert targets is not None
-            self._labels = {n: y for n, y in self._labels.items() if n > number - 8 * late.blocks} | {number: targets}
-            term, feedback = late.learn_top(number, targets, quiet=quiet)
-            tally.loss(check_finite(term))
-            if feedback is not None and self.remote.below is not None:
-                self.remote.below.send(feedback_message(number, feedback.gluing, late.version))
+                if above is not None:
+                    above.send(Message("output", number))
+                return
+            part.inputs = output_of(message, late.stage.index, part.ids)
+        assert part.inputs is not None
+        output = late.forward(number, part.inputs, self._fed, quiet=quiet)
+        part.inputs = None  # as long as it is needed the flight has it
+        if above is not None:
+            above.send(output_message(number, output, part.ids, late.version))
+            if quiet:
+                assert part.ids is not None
+                tally.link(late.link, late.learn_cached(number, part.ids, part.share), part.share)
+                self._done(late, number)
+            return
+        assert part.labels is not None
+        self._labels = {n: y for n, y in self._labels.items() if n > number - 8 * late.blocks} | {number: part.labels}
+        term, feedback = late.learn_top(number, part.labels, total=part.total, quiet=quiet)
+        tally.loss(check_finite(term), 1.0 if part.total is None else loss.counted(part.labels) / part.total)
+        if feedback is not None and below is not None:
+            below.send(feedback_message(number, feedback.gluing, late.version))
+        self._done(late, number)
+
+    def _done(self, late: LateStage, number: int) -> None:
+        """Nothing is left to do with a microbatch here; after the last one of a batch the block updates."""
+        self._intake.end(number)
+        if self._intake.over(number):
             late.update()
             self._left = self.repeats
-        else:
-            assert self.remote.above is not None
-            self.remote.above.send(output_message(number, output, ids, late.version))
-            if quiet:
-                assert ids is not None
-                tally.link(late.link, late.learn_cached(number, ids, 1.0))
-                late.update()
-        return tally.report(len(known), self.remote.post.waited - waited)
 
     def _furnish(self, stages: Sequence[Stage]) -> LateStage:
         if self._late is None:
             check_form(stages)
             place = self.remote.place
             cache = None if self.cache is None or place.top else self.cache()
-            updates = delay(place.blocks, place.block)
-            stage = stages[place.block - 1]
-            self._late = LateStage(stage, place.blocks, self.correction, updates=updates, cache=cache)
+            parts = self._intake.microbatches
+            self._late = LateStage(
+                stages[place.block - 1],
+                place.blocks,
+                self.correction,
+                updates=delay(place.blocks, place.block, parts),
+                parts=parts,
+                cache=cache,
+            )
         return self._late
 
     def _wait(self, late: LateStage, tally: Tally, kind: str) -> None:
@@ -190,21 +218,19 @@ class FreeRunningExecutor:
             asks = self._due and late.stage.index not in self._points and late.moved(number)
             self._due = self._due and not asks
             ask = self._ask(number) if asks else None
-            ids = self._ids[number] if late.cache is not None else None
-            gluing = gluing_of(message, late.stage.device)
-            learnt = late.learn(number, gluing, 1.0, self._fed, ask=ask, ids=ids)
-            tally.link(late.link, learnt)
+            part, gluing = self._intake[number], gluing_of(message, late.stage.device)
+            ids = None if late.cache is None else part.ids
+            learnt = late.learn(number, gluing, part.share, self._fed, ask=ask, ids=ids)
+            tally.link(late.link, learnt, part.share)
             if learnt.feedback is not None and self.remote.below is not None:
                 self.remote.below.send(feedback_message(number, learnt.feedback.gluing, late.version))
-            late.update()
-            self._left = self.repeats
-        self._ids = {n: ids for n, ids in self._ids.items() if n in late.flights or n + 1 >= self._fed}
+            self._done(late, number)
 
     def _pass_over(self, late: LateStage, number: int, *, known_below: bool = False) -> None:
-        """Learn nothing from a batch, and let the blocks below know unless they do; step sizes go on all the same."""
+        """Learn nothing from it, and let the blocks below know unless they do; step sizes go on all the same."""
         self.passed += 1
         late.drop(number)
-        late.update()
+        self._done(late, number)
         if self.remote.below is not None and not known_below:
             self.remote.below.send(Message("feedback", number))
 
@@ -260,23 +286,25 @@ class FreeRunningExecutor:
         """What is on its way here; all processes call it at the same point."""
         assert self._late is not None
         return {
-            "fed": self._fed,
+            **self._intake.state_dict(),
             "due": self._due,
             "passed": self.passed,
-            "visits": None if self._visits is None else self._visits.counts,
-            "ids": [[n, ids] for n, ids in self._ids.items()],
             "messages": [message.state() for message in self.remote.snapshot()],
             "late": self._late.state_dict(),
             "correction": self.correction.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], stages: Sequence[Stage]) -> None:
-        """Continue from what `state_dict` returned, with the same settings."""
+        """Continue from what `state_dict` returned, with the same settings.
+
+        Raises:
+            ValueError: the state is of a version whose free-running blocks had no microbatches.
+        """
+        if "parts" not in state:
+            raise ValueError("the checkpoint is of free-running blocks without microbatches; expected a newer one")
         self._furnish(stages).load_state_dict(state["late"])
-        self._fed = state["fed"]
-        self._due, self.passed = state.get("due", False), state.get("passed", 0)  # not in older checkpoints
-        self._ids = dict(state["ids"])
-        if self._visits is not None:
-            self._visits.counts = state["visits"].clone()
+        self._intake.load_state_dict(state)
+        self._fed = self._intake.fed
+        self._due, self.passed = state["due"], state["passed"]
         self.correction.load_state_dict(state["correction"])
         self.remote.post.restore([Message(*message) for message in state["messages"]])
