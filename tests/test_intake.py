@@ -41,6 +41,16 @@ def test_a_short_last_batch_has_fewer_parts_of_the_same_size_and_all_their_numbe
     assert list(intake) == list(range(8))
 
 
+def test_a_batch_is_over_when_all_its_examples_have_ended_in_any_order():
+    intake = Intake(4)
+    intake.feed(*batch(8), counted=len)
+    intake.feed(*batch(4, first=8), counted=len)
+    assert intake.fed == 8
+    for number, over in ((1, False), (0, False), (3, False), (2, True), (5, False), (4, True)):
+        intake.end(number)
+        assert intake.over(number) is over
+
+
 @pytest.mark.parametrize(("n", "M"), [(36, 7), (100, 22), (250, 30)])
 def test_a_full_batch_has_all_its_parts(n, M):
     """Sizes at which n / (n / M) is less than M in floating point."""
