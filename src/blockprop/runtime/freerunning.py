@@ -170,13 +170,13 @@ class FreeRunningExecutor:
         if feedback is not None and below is not None:
             below.send(feedback_message(number, feedback.gluing, late.version))
         self._done(late, number)
+        self._left = self.repeats
 
     def _done(self, late: LateStage, number: int) -> None:
         """Nothing is left to do with a microbatch here; after the last one of a batch the block updates."""
         self._intake.end(number)
         if self._intake.over(number):
             late.update()
-            self._left = self.repeats
 
     def _furnish(self, stages: Sequence[Stage]) -> LateStage:
         if self._late is None:
@@ -225,6 +225,7 @@ class FreeRunningExecutor:
             if learnt.feedback is not None and self.remote.below is not None:
                 self.remote.below.send(feedback_message(number, learnt.feedback.gluing, late.version))
             self._done(late, number)
+            self._left = self.repeats
 
     def _pass_over(self, late: LateStage, number: int, *, known_below: bool = False) -> None:
         """Learn nothing from it, and let the blocks below know unless they do; step sizes go on all the same."""
