@@ -167,8 +167,8 @@ class Settings:
         float | Literal["none"],
         _option(
             _SCHEDULE,
-            "How far late feedback on an example is corrected for what has moved since: by so much of what feedback "
-            "its link has, or none: without a limit.",
+            "Longest correction of an example's late feedback for what has moved since, over what feedback its link "
+            "usually has; none: no limit.",
         ),
     ] = 0.3
     cache: Annotated[
