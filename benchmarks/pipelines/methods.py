@@ -97,14 +97,19 @@ OWN = (
 def own(workload: Workload, *, linked: bool, quick: bool) -> list[Own]:
     """BlockProp's rows of a workload on a link."""
     # over a slow link more batches have to be on their way, so that it is never idle
-    more = {"in_flight": 4} if linked else {}
     return [
-        replace(one, flags=one.flags | more) if one.policy == "free-running" else one
+        _linked(one) if linked and one.policy == "free-running" else one
         for one in OWN
         if (workload.cached or one.flags["schedule"] != "cached")
         and (one.quick or not quick)
         and (linked or not one.only_linked)
     ]
+
+
+def _linked(one: Own) -> Own:
+    """With so many on their way that a target is late whatever its microbatch, and evaluated again."""
+    pipelined = one.flags["schedule"] == "pipelined"
+    return replace(one, flags={**one.flags, "in_flight": 4}, recomputes=pipelined)
 
 
 def all_peers(workload: Workload, facts: dict[str, Any], *, linked: bool, quick: bool) -> list[Peer]:

@@ -312,6 +312,7 @@ class LateStage:
         evaluation.output = evaluation.output.detach()
         self.stage.add_gradient(evaluation, target)
         self._fresh = True
+        self._share += 1.0
         self.update(again=True)
         return True
 

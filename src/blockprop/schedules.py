@@ -301,8 +301,8 @@ def pipelined(
         yield tuple(actions)
 
 
-def delay(blocks: int, k: int, microbatches: int = 1, latency: float = 0) -> float:
-    """How many updates block k makes between its forward and its backward, in the lock-step pipeline once it is full.
+def delay(blocks: int, k: int, microbatches: int = 1, latency: float = 0, in_flight: int = 2) -> float:
+    """How many updates block k makes between its forward and its backward, once the pipeline is full.
 
     Below 1 it is the share of the microbatches that an update comes between; there is none for the others.
 
@@ -311,11 +311,14 @@ def delay(blocks: int, k: int, microbatches: int = 1, latency: float = 0) -> flo
         k: the block, from 1.
         microbatches: M.
         latency: ticks that a message takes longer on average; what waits for a turn takes longer.
+        in_flight: microbatches on their way for each block above; without ticks at most.
 
     >>> [delay(4, k) for k in (1, 2, 3, 4)], delay(2, 1, microbatches=2), delay(4, 1, latency=1)
     ([5.0, 3.0, 1.0, 0.0], 0.5, 11.0)
+    >>> [delay(2, 1, microbatches=2, in_flight=n) for n in (1, 2, 4)]
+    [0.0, 0.5, 1.5]
     """
-    return max(0, 2 * (blocks - k) * (1 + latency) - 1) / microbatches
+    return max(0, in_flight * (blocks - k) * (1 + latency) - 1) / microbatches
 
 
 def delays(ticks: Iterator[Tick], blocks: int, count: int) -> list[list[int]]:

@@ -548,7 +548,7 @@ def test_a_store_for_others_is_opened_by_a_flag_alone(monkeypatch):
         (["train", *SMALL, "--policy", "free-running"], "--policy is of --executor processes"),
         (
             ["train", *SMALL, *PROCESSES, "--policy", "free-running", "--repeats", "2", "--microbatches", "3"],
-            "--repeats are",
+            "--repeats is of whole",
         ),
         (["train", *TWO, *PROCESSES, "--in-flight", "3"], "--in-flight is of --policy free-running"),
         (["train", *TWO, *PROCESSES, "--newest"], "--newest is of --policy free-running"),

@@ -133,6 +133,7 @@ def test_what_was_chosen_is_recorded(tmp_path):
         ({"split_at": ("layer2", "layer3"), "depth": 3}, 4),
         ({"blocks": 4, "executor": "processes", "policy": "free-running"}, 6),
         ({"blocks": 4, "executor": "processes", "policy": "free-running", "repeats": 2}, 1),
+        ({"blocks": 4, "executor": "processes", "policy": "free-running", "newest": True}, 1),
     ],
 )
 def test_a_batch_has_as_many_microbatches_as_there_are_ticks_until_feedback(more, microbatches):

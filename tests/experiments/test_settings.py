@@ -86,6 +86,18 @@ def test_feedback_is_sent_twice_where_some_is_lost():
         assert (other.resolved().copies, other.messages_late.times) == (None, 1)
 
 
+def test_older_free_running_runs_had_whole_batches():
+    settings = Settings(schedule="pipelined", executor="processes", policy="free-running", blocks=3).resolved()
+    assert Settings.of_dict(settings.as_dict()).resolved().microbatches == 4
+    assert Settings.of_dict({**settings.as_dict(), "microbatches": None}).resolved().microbatches == 1
+
+
+@pytest.mark.parametrize(("in_flight", "passes"), [(1, [3.5, 3, 3]), (2, [4, 3.5, 3]), (4, [4, 4, 3])])
+def test_a_block_evaluates_again_what_an_update_may_come_between(in_flight, passes):
+    settings = Settings(executor="processes", schedule="pipelined", policy="free-running", blocks=3, microbatches=2)
+    assert replace(settings, in_flight=in_flight).resolved().passes == passes
+
+
 def test_older_runs_sent_feedback_once():
     recorded = Settings(schedule="pipelined", lost=0.05).resolved().as_dict()
     del recorded["copies"]

@@ -55,6 +55,20 @@ def test_every_measured_method_is_known(method):
     assert 0.5 < found.predicted < 2.01
 
 
+@pytest.mark.parametrize("method", ["BlockProp, free-running, stashed", "BlockProp, free-running, int8", "GPipe"])
+def test_what_is_not_known_is_left_out(method):
+    assert compare([row("one thread", 1.0), row(method, 1.0)], {"mlp": CASE}, LINKS) == []
+
+
+def test_over_a_slow_link_more_are_on_their_way_and_all_are_evaluated_again():
+    """Two microbatches: half of each block's work is late with two on their way, all of it with four."""
+    method, links = "BlockProp, free-running, 2 microbatches", {"near": Link(1e9), "wire": Link(1e9, latency=1e-6)}
+    rows = [row(name, 1.0, link=link) for name in ("one thread", method) for link in links]
+    near, wire = compare(rows, {"mlp": CASE}, links)
+    assert near.predicted == pytest.approx(21 / 14, rel=0.02)  # four layers below, of three and a half passes
+    assert wire.predicted == pytest.approx(21 / 12, rel=0.02)  # three below, of four passes; four of three passes
+
+
 def test_a_row_that_was_measured_apart_has_a_ratio_of_its_own():
     rows = [row("one thread", 100.0), row("DDP", 300.0) | {"ratio": 1.5}]
     (found,) = compare(rows, {"mlp": CASE}, LINKS)

@@ -101,6 +101,15 @@ def test_what_may_be_on_its_way_bounds_free_running(blocks):
     assert found == pytest.approx(expected, rel=0.05)
 
 
+def test_feedback_goes_down_before_the_update():
+    """Two round trips of 100 s hide the top's update, of 5 s, and not the first block's, after which it forwards."""
+    cluster = alike(2, Link(1e9, latency=50_000))
+    plain, updating = (
+        seconds([layer(update=update)] * 2, cluster, "blockprop free-running", cut=[0, 1]) for update in (0.0, 5.0)
+    )
+    assert updating - plain == pytest.approx(5 / 2, rel=0.02)
+
+
 @pytest.mark.parametrize("method", ["blockprop free-running", "blockprop lock-step", "blockprop cached"])
 def test_a_slow_link_is_the_limit(method):
     """8 examples of 1 Mbit at 1 Mbit/s are 8 s a batch."""

@@ -192,8 +192,9 @@ def _check_processes(settings: "Settings") -> None:
             "--replicas share a batch anew in every epoch, so that a cache would not find its examples; expected "
             "--replicas 1 with --schedule cached"
         )
-    if settings.repeats and settings.parts not in (None, 1):
-        raise ValueError("--repeats are of whole batches; expected --microbatches 1 with them")
+    for flag, given in (("--repeats", settings.repeats), ("--newest", settings.newest)):
+        if given and settings.parts not in (None, 1):
+            raise ValueError(f"{flag} is of whole batches; expected --microbatches 1 with it")
     if settings.policy == "free-running" and settings.replicas > 1:
         raise ValueError(
             "--replicas average their gradients at every update, which free-running ones do at different times; "

@@ -63,7 +63,7 @@ def schedulers_of(settings: Settings, total_steps: int) -> list[Callable[[Optimi
         return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
     def of_block(k: int) -> Callable[[Optimizer], Any]:
-        late = max(1.0, delay(settings.blocks, k, settings.parts or 1, settings.messages_late.mean))
+        late = max(1.0, delay(settings.blocks, k, settings.parts or 1, settings.messages_late.mean, settings.in_flight))
 
         def whole(update: int) -> float:
             held = late ** -(1 - min(1.0, update / annealing)) if annealing else 1.0

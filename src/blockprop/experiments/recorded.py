@@ -20,6 +20,8 @@ def under_todays_names(recorded: dict[str, Any]) -> dict[str, Any]:
         recorded = {**recorded, "copies": 1}  # feedback was sent once
     if "trust" not in recorded and recorded.get("feedback") == "target" and recorded.get("schedule") == "pipelined":
         recorded = {**recorded, "trust": "none"}  # corrections had no limit
+    if recorded.get("policy") == "free-running" and recorded.get("schedule") == "pipelined":
+        recorded = {**recorded, "microbatches": recorded.get("microbatches") or 1}  # batches were whole
     return recorded
 
 

@@ -387,7 +387,9 @@ class Settings:
         """Passes over a batch that each block makes in a process of its own; None where all make three."""
         if self.executor != "processes" or self.who_does_what != "pipelined" or self.feedback == "stashed":
             return None
-        return [3 + min(1.0, delay(self.K, k, self.parts or 1, self.messages_late.mean)) for k in range(1, self.K + 1)]
+        parts, latency = self.parts or 1, self.messages_late.mean
+        late = (delay(self.K, k, parts, latency, self.in_flight) for k in range(1, self.K + 1))
+        return [3 + min(1.0, updates) for updates in late]
 
     def _threads(self) -> int:
         """All cores, shared among the processes of this machine, as far as it is known how many there are."""
@@ -447,7 +449,7 @@ class Settings:
         """M, microbatches of a batch, chosen if need be; None where there are none."""
         if self.who_does_what != "pipelined" or self.microbatches is not None:
             return self.microbatches
-        if self.repeats:  # of whole batches
+        if self.repeats or self.newest:  # of whole batches
             return 1
         ticks = math.ceil(2 * (self.K - 1) * (1 + self.messages_late.mean))
         least = 1 if self.text else 8 if self.batchnorm else 4  # a window of text is as many predictions as characters

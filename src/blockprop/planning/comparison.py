@@ -9,6 +9,7 @@ from blockprop.planning.cluster import Cluster, Link
 from blockprop.planning.costs import Layer
 from blockprop.planning.methods import Block
 from blockprop.planning.plan import Setting, plan
+from blockprop.schedules import delay
 
 __all__ = ["BASE", "Case", "Comparison", "compare"]
 
@@ -78,16 +79,16 @@ class Case:
             return None if one is None else 2 * one / self.contention
         if found := re.fullmatch(r"two halves apart, ([34]) passes below", method):
             return speed * self._halves(again=found[1] == "4")
-        request = self._request(method)
+        in_flight = 4 if link.latency else 2  # over a slow link the benchmark has more on their way
+        request = self._request(method, in_flight)
         if request is None:
             return None
         name, cut, changes = request
-        # over a slow link the benchmark has more batches on their way
-        setting = replace(Setting(self.batch_size, microbatches=1, in_flight=4 if link.latency else 2), **changes)
+        setting = replace(Setting(self.batch_size, microbatches=1, in_flight=in_flight), **changes)
         cluster = Cluster((speed, speed), link, self.contention)
         return plan(self.layers, cluster, setting, [name], (0, *cut))[0].samples_per_second
 
-    def _request(self, method: str) -> tuple[str, tuple[int, ...], dict[str, int]] | None:
+    def _request(self, method: str, in_flight: int) -> tuple[str, tuple[int, ...], dict[str, int]] | None:
         """The planner's name of a method, where it is cut, and what differs from the plain setting."""
         if found := re.fullmatch(r"(GPipe|1F1B|ZBV), (\d+)(?: x (\d+))?", method):
             count = int(found[2])
@@ -96,10 +97,14 @@ class Case:
             return _METHODS[found[1]], cut, {"batch_size": batch, "microbatches": count}
         if found := re.fullmatch(r"BlockProp, cached, E = (\d+)", method):
             return "blockprop cached", (self.cut,), {"refresh": int(found[1])}
-        if found := re.fullmatch(r"BlockProp, (lock-step|free-running)(, stashed)?(?:, (\d+) microbatches)?", method):
-            kind = "stashed" if found[2] else found[1]
-            at = self.cut if found[2] or found[3] else self.recomputing_cut
-            return f"blockprop {kind}", (at,), {"parts": int(found[3] or 1)}
+        if found := re.fullmatch(r"BlockProp, lock-step(, stashed)?(?:, (\d+) microbatches)?", method):
+            kind = "stashed" if found[1] else "lock-step"
+            at = self.cut if found[1] or found[2] else self.recomputing_cut
+            return f"blockprop {kind}", (at,), {"parts": int(found[2] or 1)}
+        if found := re.fullmatch(r"BlockProp, free-running(?:, (\d+) microbatches)?", method):
+            parts = int(found[1] or 1)
+            again = delay(2, 1, parts, in_flight=in_flight) >= 1
+            return "blockprop free-running", (self.recomputing_cut if again else self.cut,), {"parts": parts}
         whole = {BASE: "one device", "DDP": "ddp"}
         return (whole[method], (), {}) if method in whole else None
 

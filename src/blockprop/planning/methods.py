@@ -313,7 +313,7 @@ class _Free:
         self._have: dict[Hashable, int] = {"up": 1, "down": down, "room": ahead - away}
         self._learnt = self._updates = 0
         self._sent_at = deque([-1] * away)  # for what is on its way: how many updates there were
-        self._then: Task | None = None
+        self._then: deque[Task] = deque()
 
     def receive(self, tag: Hashable) -> None:
         """Take a message in."""
@@ -321,9 +321,8 @@ class _Free:
 
     def next(self) -> Task | None:
         """Learn, else forward, else wait."""
-        if self._then is not None:
-            task, self._then = self._then, None
-            return task
+        if self._then:
+            return self._then.popleft()
         block, have = self._block, self._have
         if self._with_feedback and not self._top and have["down"]:
             have["down"] -= 1
@@ -342,7 +341,7 @@ class _Free:
         if self._with_feedback:
             self._sent_at.append(self._updates)
         else:
-            self._then = self._learn(block.backward - self._spared, ())
+            self._then.appendleft(self._learn(block.backward - self._spared, ()))
         stashed = block.copied if self._with_feedback and not self._again else 0.0
         return Task(stashed + block.forward, (*taken, Message(self._k + 1, "up", block.sent)))
 
@@ -356,12 +355,12 @@ class _Free:
 
     def _learn(self, seconds: float, sends: tuple[Message, ...]) -> Task:
         last = self._learnt % self._parts == self._parts - 1
-        seconds += self._block.update * last + self._block.taken * (self._parts > 1)
+        self._then.append(Task(self._block.update * last + self._block.taken * (self._parts > 1), (), last))
         self._learnt += 1
         self._updates += last
         if self._k and self._with_feedback:
             sends = (*sends, Message(self._k - 1, "down", self._sent_below))
-        return Task(seconds, sends, last)
+        return Task(seconds, sends)
 
 
 def free_running(blocks: Sequence[Block], parts: int, in_flight: int, *, again: bool = True) -> list[Program]:

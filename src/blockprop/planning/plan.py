@@ -271,7 +271,7 @@ def _batches(cluster: Cluster, setting: Setting) -> int:
 def _free_running(layers: Sequence[Layer], cluster: Cluster, setting: Setting, name: str, given: Cut) -> Prediction:
     examples = setting.batch_size / setting.parts
     # of the first block's microbatches, which has most on their way, so many are late
-    share = min(1.0, max(0, setting.in_flight * (len(cluster) - 1) - 1) / setting.parts)
+    share = min(1.0, delay(len(cluster), 1, setting.parts, in_flight=setting.in_flight))
     cut = given or _cut(layers, cluster.speeds, cluster, setting.parts, examples, again=share)
     programs = methods.free_running(_blocks(layers, cut, examples), setting.parts, setting.in_flight)
     return _simulated(name, programs, cluster, setting, cut, _batches(cluster, setting))

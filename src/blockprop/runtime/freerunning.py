@@ -5,7 +5,7 @@ number it forwards no more until feedback comes, and so the blocks keep pace wit
 when it has done with the last microbatch of a batch.
 
 Of several messages that wait, a block takes the oldest first, and learns from all. Or the newest wins: it takes that
-one alone, and passes the older microbatches over. An empty message goes down for each of them, so that the blocks below
+one alone, and passes the older batches over. An empty message goes down for each of them, so that the blocks below
 forget it as well, and one goes up in the place of its output.
 """
 
@@ -38,8 +38,8 @@ class FreeRunningExecutor:
 
     Args:
         remote: the neighbours.
-        microbatches: M, into how many parts a batch is cut; default 1. More than one not with a cache, nor with
-            repeats.
+        microbatches: M, into how many parts a batch is cut; default 1, which it must be with a cache, `repeats` or
+            `newest`.
         in_flight: microbatches that a block may have on their way for each block above it, at least 1; default 2,
             the number that a lock-step pipeline has.
         repeats: W-steps that a block may take again on its latest batch while it would wait, at least 0; default 0.
@@ -50,7 +50,7 @@ class FreeRunningExecutor:
         refresh: as there.
 
     Attributes:
-        passed: microbatches that were passed over so far, by this block or because another did.
+        passed: batches that were passed over so far, by this block or because another did.
 
     Raises:
         ValueError: a setting out of its range, or two that exclude each other.
@@ -75,9 +75,10 @@ class FreeRunningExecutor:
             raise ValueError(f"repeats is {repeats}; expected a whole number of W-steps, at least 0")
         if newest and cache is not None:
             raise ValueError("the newest is to win, and a cache keeps the feedback of all; expected one of the two")
-        if microbatches > 1 and (repeats or cache is not None):
-            beside = "a cache" if cache is not None else "repeats"
-            raise ValueError(f"microbatches is {microbatches}; expected 1 with {beside}, which is of whole batches")
+        if microbatches > 1 and (repeats or newest or cache is not None):
+            raise ValueError(
+                f"microbatches is {microbatches}, and a cache, repeats and newest are of whole batches; expected 1"
+            )
         self.remote = remote
         self.in_flight = in_flight
         remote.expect(in_flight * remote.blocks)  # the first block has no more on their way
@@ -188,7 +189,7 @@ class FreeRunningExecutor:
                 stages[place.block - 1],
                 place.blocks,
                 self.correction,
-                updates=delay(place.blocks, place.block, parts),
+                updates=delay(place.blocks, place.block, parts, in_flight=self.in_flight),
                 parts=parts,
                 cache=cache,
             )
@@ -299,10 +300,10 @@ class FreeRunningExecutor:
         """Continue from what `state_dict` returned, with the same settings.
 
         Raises:
-            ValueError: the state is of a version whose free-running blocks had no microbatches.
+            ValueError: the state is of an older version.
         """
         if "parts" not in state:
-            raise ValueError("the checkpoint is of free-running blocks without microbatches; expected a newer one")
+            raise ValueError("an older version wrote the checkpoint; expected one of this version: start the run anew")
         self._furnish(stages).load_state_dict(state["late"])
         self._intake.load_state_dict(state)
         self._fed = self._intake.fed
