@@ -25,8 +25,9 @@ from blockprop.held import Held
 from blockprop.losses import OutputLoss
 from blockprop.objective import LossTerm, TargetTerm, UpperTerm
 from blockprop.probe import Points, Probe
+from blockprop.recall import Recall
 from blockprop.stage import Feedback, Stage
-from blockprop.ways import averaged, projected
+from blockprop.ways import averaged
 
 __all__ = ["Flight", "LateStage", "Learnt"]
 
@@ -112,12 +113,11 @@ class LateStage:
         self.correction = correction
         self.updates = updates
         self.parts = parts
-        self.cache = cache
+        self.recall = None if cache is None else Recall(cache, correction.curvature, stage.index - 1)
         self.probe = Probe(stage)
         self.flights: dict[int, Flight] = {}
         # by place in the batch: whether no update came between forward and backward last time; a schedule repeats
         self._still: dict[int, bool] = {}
-        self._count = 1.0  # predictions per example, of the latest feedback
         self._velocity: list[Tensor] = []  # running mean of the updates
         self._copy: tuple[int, dict[str, Tensor]] | None = None  # the weights to forward with, and since which update
         self._fresh = False  # whether feedback came, or was lost, since the last update
@@ -147,7 +147,7 @@ class LateStage:
         kept = [value for evaluation in flying for value in (evaluation.input, evaluation.output)]
         copies = [*(evaluation.weights for evaluation in flying), *([self._copy[1]] if self._copy else [])]
         stashed = {id(weights): weights for weights in copies}  # flights between two updates share theirs
-        cached = self.cache.size(self.cache.shapes) if self.cache is not None and self.cache.shapes else 0
+        cached = 0 if self.recall is None else self.recall.size
         return Held(_bytes(kept), sum(_bytes(weights.values()) for weights in stashed.values()), cached)
 
     def forward(self, number: int, inputs: Tensor, tick: int, *, quiet: bool = False) -> Tensor:
@@ -233,7 +233,7 @@ class LateStage:
             share: the microbatch's share of its batch.
             tick: now.
             ask: whom to ask for slopes, where the curvature wants to be measured now; None for nobody.
-            ids: the examples' numbers; the feedback is then kept in the cache.
+            ids: the examples' numbers; with a cache the feedback is kept by them.
         """
         self.renew(number)
         flight = self.flights.pop(number)
@@ -247,10 +247,10 @@ class LateStage:
             points = correction.points(old, moved, gluing.direction)
             if (slopes := ask(points)) is not None:
                 self.measured(points, slopes)
+        if self.recall is not None:
+            assert ids is not None
+            self.recall.keep(ids, old, gluing, share, tick)
         whole = gluing.direction * gluing.count
-        if ids is not None and self.cache is not None:
-            self._count = gluing.count * share / len(old)
-            self._store(ids, old, whole, tick)
         kappa, across = (one.at(self.link, whole) for one in (correction.curvature, correction.across))
         longest = correction.longest(self.link, whole)
         target = TargetTerm(old, gluing.direction, gluing.count, kappa, correction.along, across, longest)
@@ -278,27 +278,25 @@ class LateStage:
             ids: the examples' numbers, int64 [N].
             share: the microbatch's share of its batch.
         """
-        assert self.cache is not None
+        assert self.recall is not None
         flight = self.flights.pop(number)
         evaluation = flight.evaluation
         if flight.version != self.version:  # feedback that was lost has completed an update since
             evaluation.at_present_weights()
         output = evaluation.with_graph().output.detach()
-        self.cache.fit([output.shape[1:]])
-        known = (self.cache.written(ids)[0] >= 0).view(-1, *[1] * (output.ndim - 1))
-        anchor, direction = (value.to(output) for value in self.cache.read(0, ids))
-        anchor = torch.where(known.to(output.device), anchor, output)
-        self.cache.visit(ids)
+        recalled = self.recall.target(ids, output, share)
         self._fresh = True
         self._share += share
-        count = self._count * len(output) / share
-        slope = Gluing(anchor, direction / count, count)
-        kappa = self.correction.curvature.at(self.link, direction)
-        target = TargetTerm(anchor, slope.direction, slope.count, kappa, along=True)
-        self.stage.add_gradient(evaluation, target)
-        self._latest = evaluation, target
-        age = float(self.cache.visits(ids)[0].float().mean())
-        return Learnt(None, slope.squared_sum / len(output), age, _drift(output, anchor), averaged(kappa), cached=True)
+        self.stage.add_gradient(evaluation, recalled.target)
+        self._latest = evaluation, recalled.target
+        return Learnt(
+            None,
+            recalled.squared / len(output),
+            recalled.age,
+            _drift(output, recalled.anchor),
+            recalled.curvature,
+            cached=True,
+        )
 
     def again(self) -> bool:
         """One more W-step on the batch that was learnt from last: J_k at the present weights, with the same target.
@@ -374,15 +372,6 @@ class LateStage:
                 more = self.correction.compensation * fresh.square() * (parameter - weight)
                 parameter.grad = parameter.grad + more
 
-    def _store(self, ids: Tensor, old: Tensor, now: Tensor, tick: int) -> None:
-        """Keep the feedback by example; what is replaced tells the curvature along the slope, at no cost."""
-        assert self.cache is not None
-        self.cache.fit([old.shape[1:]])
-        if (self.cache.written(ids) >= 0).all():
-            anchor, then = (value.to(old) for value in self.cache.read(0, ids))
-            self.correction.curvature.measure(self.link, projected(old - anchor, then), now - then, then)
-        self.cache.write(0, ids, old, now, step=tick)
-
     def moved(self, number: int) -> bool:
         """Whether the block's weights have moved since it forwarded this batch."""
         accumulate = self.stage.wstep.accumulate
@@ -410,8 +399,7 @@ class LateStage:
             "fresh": self._fresh,
             "share": self._share,
             "lost": self._lost,
-            "count": self._count,
-            "cache": None if self.cache is None else self.cache.state_dict(),
+            "recall": None if self.recall is None else self.recall.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -425,11 +413,11 @@ class LateStage:
             )
             self.flights[number] = Flight(evaluation, *sent[number])
         self._velocity = [mean.to(stage.device) for mean in state["velocity"]]
-        self._fresh, self._count = state["fresh"], state["count"]
+        self._fresh = state["fresh"]
         self._share, self._lost = state.get("share", 0.0), state.get("lost", False)  # not there in older checkpoints
         self._copy = None  # of other weights, though the number of updates may be the same
-        if self.cache is not None and state["cache"] is not None:
-            self.cache.load_state_dict(state["cache"])
+        if self.recall is not None:
+            self.recall.load_state_dict(state.get("recall", state))  # older checkpoints have both
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

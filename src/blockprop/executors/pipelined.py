@@ -307,8 +307,7 @@ class PipelinedExecutor:
             late.renew(number)  # while the feedback is on its way
             gluing = mail.take_feedback(k, number)
             ask = (lambda points: mail.ask(k, points, part.labels)) if asks else None
-            ids = None if late.cache is None else part.ids
-            learnt = late.learn(number, gluing, part.share, self.tick, ask=ask, ids=ids)
+            learnt = late.learn(number, gluing, part.share, self.tick, ask=ask, ids=part.ids)
             learnt = replace(learnt, input_age=self._input_age(k, number))
             feedback = learnt.feedback
             if self._watched.get(k, ()) is None:

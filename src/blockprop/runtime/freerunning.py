@@ -220,8 +220,7 @@ class FreeRunningExecutor:
             self._due = self._due and not asks
             ask = self._ask(number) if asks else None
             part, gluing = self._intake[number], gluing_of(message, late.stage.device)
-            ids = None if late.cache is None else part.ids
-            learnt = late.learn(number, gluing, part.share, self._fed, ask=ask, ids=ids)
+            learnt = late.learn(number, gluing, part.share, self._fed, ask=ask, ids=part.ids)
             tally.link(late.link, learnt, part.share)
             if learnt.feedback is not None and self.remote.below is not None:
                 self.remote.below.send(feedback_message(number, learnt.feedback.gluing, late.version))
