@@ -46,6 +46,8 @@ def test_a_batch_is_over_when_all_its_examples_have_ended_in_any_order():
     intake.feed(*batch(8), counted=len)
     intake.feed(*batch(4, first=8), counted=len)
     assert intake.fed == 8
+    assert intake.over(0, {0, 1, 2, 3})
+    assert not intake.over(0, {0, 1, 2})
     for number, over in ((1, False), (0, False), (3, False), (2, True), (5, False), (4, True)):
         intake.end(number)
         assert intake.over(number) is over

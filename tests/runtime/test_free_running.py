@@ -94,6 +94,27 @@ def test_one_microbatch_in_flight_is_the_exact_form(microbatches):
     torch.testing.assert_close(torch.cat(found), expected, rtol=1e-12, atol=1e-13)
 
 
+def test_where_no_update_follows_the_next_microbatch_goes_up_first(monkeypatch):
+    """One on its way: with its feedback here and its batch not over, the block above need not wait for the next."""
+    order = []
+
+    def watched(name):
+        inner = getattr(LateStage, name)
+
+        def call(late, number, *args, **kwargs):
+            if not late.top:
+                order.append((name, number))
+            return inner(late, number, *args, **kwargs)
+
+        return call
+
+    for name in ("forward", "learn"):
+        monkeypatch.setattr(LateStage, name, watched(name))
+    apart(model(), 2, data(2), lambda remote: FreeRunningExecutor(remote, microbatches=2, in_flight=1))
+    first = [("forward", 0), ("forward", 1), ("learn", 0), ("learn", 1)]
+    assert order == first + [(name, number + 2) for name, number in first]
+
+
 def test_a_microbatch_that_no_update_came_between_is_not_late():
     """A lone batch of three microbatches, all on their way at once: it is learnt at the weights that it was sent at."""
     drifts = []

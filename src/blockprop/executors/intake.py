@@ -1,7 +1,7 @@
 """What a pipeline has taken in: batches, cut into microbatches, until no block has to do with them any more."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,10 +142,10 @@ class Intake:
         """Forget a microbatch."""
         self._parts.pop(number, None)
 
-    def over(self, number: int) -> bool:
-        """Whether no examples are on their way of the batch that a microbatch is of."""
-        batch = number // self.microbatches
-        return all(self.empty(n) for n in range(batch * self.microbatches, (batch + 1) * self.microbatches))
+    def over(self, number: int, besides: Set[int] = frozenset()) -> bool:
+        """Whether no examples are on their way of the batch that a microbatch is of, besides those of some others."""
+        begin = number // self.microbatches * self.microbatches
+        return all(self.empty(n) or n in besides for n in range(begin, begin + self.microbatches))
 
     # -- checkpoints
 

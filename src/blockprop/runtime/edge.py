@@ -96,8 +96,13 @@ class Post:
     def oldest(self, kind: str) -> Message | None:
         """The message of a kind with the lowest number, or None."""
         with self.arrived:
-            numbers = [number for one, number in self._messages if one == kind]
+            numbers = self.here(kind)
             return self._pop(kind, min(numbers)) if numbers else None
+
+    def here(self, kind: str) -> set[int]:
+        """The numbers of the messages of a kind."""
+        with self.arrived:
+            return {number for one, number in self._messages if one == kind}
 
     def newer(self, kind: str, number: int) -> bool:
         """Whether a message of a kind and with a higher number is here, and is not empty."""

@@ -2,7 +2,8 @@
 
 Nobody waits for a tick. What bounds the age of feedback is how many microbatches a block may have on their way: at that
 number it forwards no more until feedback comes, and so the blocks keep pace with the slowest of them. A block updates
-when it has done with the last microbatch of a batch.
+when it has done with the last microbatch of a batch. It learns before it forwards where an update follows, and else
+forwards first, so that the block above has something to do.
 
 Of several messages that wait, a block takes the oldest first, and learns from all. Or the newest wins: it takes that
 one alone, and passes the older batches over. An empty message goes down for each of them, so that the blocks below
@@ -140,9 +141,11 @@ class FreeRunningExecutor:
         self._due = self._due or late.wants(number)
         self._fed += 1
         limit = self.in_flight * (late.blocks - late.stage.index)
-        while not late.top and len(late.flights) >= limit:
-            self._wait(late, tally, "feedback")
-        self._attend(late, tally)
+        while not late.top and len(late.flights) >= limit and not self._early():
+            self._wait(late, tally, "feedback", learn=False)
+        early = self._early()
+        if not early:
+            self._attend(late, tally)
         part, quiet = self._intake[number], self._intake.quiet(number)
         if below is not None:
             while (message := post.oldest("output")) is None:
@@ -163,6 +166,8 @@ class FreeRunningExecutor:
                 assert part.ids is not None
                 tally.link(late.link, late.learn_cached(number, part.ids, part.share), part.share)
                 self._done(late, number)
+            if early:
+                self._attend(late, tally)
             return
         assert part.labels is not None
         self._labels = {n: y for n, y in self._labels.items() if n > number - 8 * late.blocks} | {number: part.labels}
@@ -172,6 +177,11 @@ class FreeRunningExecutor:
             below.send(feedback_message(number, feedback.gluing, late.version))
         self._done(late, number)
         self._left = self.repeats
+
+    def _early(self) -> bool:
+        """Whether there is feedback, and no update after it: the next microbatch may go up first, at these weights."""
+        here = self.remote.post.here("feedback")
+        return bool(here) and not any(self._intake.over(number, here) for number in here)
 
     def _done(self, late: LateStage, number: int) -> None:
         """Nothing is left to do with a microbatch here; after the last one of a batch the block updates."""
@@ -195,14 +205,14 @@ class FreeRunningExecutor:
             )
         return self._late
 
-    def _wait(self, late: LateStage, tally: Tally, kind: str) -> None:
+    def _wait(self, late: LateStage, tally: Tally, kind: str, *, learn: bool = True) -> None:
         """Until a message of a kind is there, or a W-step was repeated; attend to everything else meanwhile."""
         if self._left and late.again():
             self._left -= 1
+        else:
+            self.remote.post.wait(kind, "feedback", "points", "slopes")
+        if learn or not self._early():
             self._attend(late, tally)
-            return
-        self.remote.post.wait(kind, "feedback", "points", "slopes")
-        self._attend(late, tally)
 
     def _attend(self, late: LateStage, tally: Tally) -> None:
         """Learn from feedback that is there, and help to measure curvatures."""
