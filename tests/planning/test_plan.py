@@ -101,6 +101,17 @@ def test_what_may_be_on_its_way_bounds_free_running(blocks):
     assert found == pytest.approx(expected, rel=0.05)
 
 
+def test_where_no_update_follows_a_microbatch_goes_up_before_feedback_is_learnt_from():
+    """The upper block has 3 s of a batch, and waits for the lower one's next forward pass, of 1/16 s.
+
+    After the last of eight it waits for the backward pass as well, of 1/8 s; of a whole batch for 1 s and 1/2 s.
+    """
+    layers = [layer(0.5, 1.0), layer()]
+    for parts, expected in ((8, 3 + 8 / 16 + 1 / 8), (1, 3 + 1 + 1 / 2)):
+        found = seconds(layers, alike(2), "blockprop free-running", cut=[0, 1], parts=parts, in_flight=1)
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_feedback_goes_down_before_the_update():
     """Two round trips of 100 s hide the top's update, of 5 s, and not the first block's, after which it forwards."""
     cluster = alike(2, Link(1e9, latency=50_000))

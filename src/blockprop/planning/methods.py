@@ -314,22 +314,27 @@ class _Free:
         self._learnt = self._updates = 0
         self._sent_at = deque([-1] * away)  # for what is on its way: how many updates there were
         self._then: deque[Task] = deque()
+        self._went_ahead = False
 
     def receive(self, tag: Hashable) -> None:
         """Take a message in."""
         self._have[tag] += 1
 
     def next(self) -> Task | None:
-        """Learn, else forward, else wait."""
+        """Learn, else forward, else wait; the other way round where no update follows what is learnt."""
         if self._then:
             return self._then.popleft()
         block, have = self._block, self._have
-        if self._with_feedback and not self._top and have["down"]:
+        feedback = have["down"] if self._with_feedback and not self._top else 0
+        # where no update follows a microbatch goes up first, one for each piece of feedback
+        early = 0 < feedback < self._parts - self._learnt % self._parts and not self._went_ahead
+        self._went_ahead = early and (not self._k or have["up"] > 0)
+        if feedback and not self._went_ahead:
             have["down"] -= 1
             have["room"] += 1
             moved = self._sent_at.popleft() < self._updates
             return self._learn(self._again * moved * block.forward + block.backward, ())
-        if (self._k and not have["up"]) or not (self._top or have["room"]):
+        if (self._k and not have["up"]) or not (self._top or have["room"] or self._went_ahead):
             return None
         taken: tuple[Message, ...] = ()
         if self._k:
