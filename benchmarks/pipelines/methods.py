@@ -72,22 +72,17 @@ OWN = (
         )
         for parts in (2, 4, 8)
     ),
-    Own("BlockProp, free-running", {**_LATE, "microbatches": 1}, "free-running"),
-    Own(
-        "BlockProp, free-running, int8",
-        {**_LATE, "microbatches": 1, "messages": "int8"},
-        "free-running",
-        quick=False,
-        only_linked=True,
-    ),
-    Own("BlockProp, free-running, 2 microbatches", {**_LATE, "microbatches": 2}, "free-running", recomputes=False),
-    Own(
-        "BlockProp, free-running, 2 microbatches, int8",
-        {**_LATE, "microbatches": 2, "messages": "int8"},
-        "free-running",
-        recomputes=False,
-        quick=False,
-        only_linked=True,
+    *(
+        Own(
+            f"BlockProp, free-running{title}{', int8' * coarse}",
+            {**_LATE, "microbatches": parts} | ({"messages": "int8"} if coarse else {}),
+            "free-running",
+            recomputes=parts == 1,
+            quick=not coarse,
+            only_linked=coarse,
+        )
+        for parts, title in ((1, ""), (2, ", 2 microbatches"))
+        for coarse in (False, True)
     ),
     Own("BlockProp, cached, E = 2", {"schedule": "cached", "refresh": 2}, "free-running", recomputes=False),
     Own("BlockProp, cached, E = 4", {"schedule": "cached", "refresh": 4}, "free-running", recomputes=False),

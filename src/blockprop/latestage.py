@@ -172,13 +172,14 @@ class LateStage:
         return evaluation.output.detach()
 
     def learn_top(
-        self, number: int, labels: Tensor, *, total: float | None = None, quiet: bool = False
+        self, number: int, labels: Tensor, share: float = 1.0, *, total: float | None = None, quiet: bool = False
     ) -> tuple[Tensor, Feedback | None]:
         """The last block's gradient and h-step: its feedback is never late.
 
         Args:
             number: of a batch that was forwarded.
             labels: N rows.
+            share: the microbatch's share of its batch; default 1.
             total: predictions of the whole batch, where this is a microbatch.
             quiet: whether no feedback is due, and no h-step to be made; default False.
 
@@ -189,7 +190,7 @@ class LateStage:
         evaluation, loss = self.flights.pop(number).evaluation, self.stage.above
         assert isinstance(loss, OutputLoss)
         self._fresh = True
-        self._share += 1.0 if total is None else loss.counted(labels) / total
+        self._share += share
         target = LossTerm(loss, labels.to(self.stage.device), total)
         self._latest = evaluation, target
         if quiet:

@@ -550,6 +550,10 @@ def test_a_store_for_others_is_opened_by_a_flag_alone(monkeypatch):
             ["train", *SMALL, *PROCESSES, "--policy", "free-running", "--repeats", "2", "--microbatches", "3"],
             "--repeats is of whole",
         ),
+        (
+            ["train", *SMALL, *PROCESSES, "--policy", "free-running", "--newest", "--microbatches", "3"],
+            "--newest is of whole",
+        ),
         (["train", *TWO, *PROCESSES, "--in-flight", "3"], "--in-flight is of --policy free-running"),
         (["train", *TWO, *PROCESSES, "--newest"], "--newest is of --policy free-running"),
         (["train", *SMALL, *PROCESSES, "--policy", "free-running", "--replicas", "2"], "--replicas average"),

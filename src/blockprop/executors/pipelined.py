@@ -295,7 +295,8 @@ class PipelinedExecutor:
         before = late.stage.wstep.hold() if self._watched else []
         if late.top:
             assert part.labels is not None
-            term, feedback = late.learn_top(number, part.labels, total=part.total, quiet=self._intake.quiet(number))
+            quiet = self._intake.quiet(number)
+            term, feedback = late.learn_top(number, part.labels, part.share, total=part.total, quiet=quiet)
             weight = 1.0 if part.total is None else self._counted(part.labels) / part.total
             tally.loss(check_finite(term), weight)
         elif self._intake.quiet(number):

@@ -141,9 +141,8 @@ class FreeRunningExecutor:
         self._due = self._due or late.wants(number)
         self._fed += 1
         limit = self.in_flight * (late.blocks - late.stage.index)
-        while not late.top and len(late.flights) >= limit and not self._early():
+        while not (early := self._early()) and not late.top and len(late.flights) >= limit:
             self._wait(late, tally, "feedback", learn=False)
-        early = self._early()
         if not early:
             self._attend(late, tally)
         part, quiet = self._intake[number], self._intake.quiet(number)
@@ -171,7 +170,7 @@ class FreeRunningExecutor:
             return
         assert part.labels is not None
         self._labels = {n: y for n, y in self._labels.items() if n > number - 8 * late.blocks} | {number: part.labels}
-        term, feedback = late.learn_top(number, part.labels, total=part.total, quiet=quiet)
+        term, feedback = late.learn_top(number, part.labels, part.share, total=part.total, quiet=quiet)
         tally.loss(check_finite(term), 1.0 if part.total is None else loss.counted(part.labels) / part.total)
         if feedback is not None and below is not None:
             below.send(feedback_message(number, feedback.gluing, late.version))
